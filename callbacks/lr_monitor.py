@@ -1,0 +1,75 @@
+"""`LearningRateMonitor`: learning rates (momenta, weight decays) in the points of everything else that is logged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..trainer.callback import Callback
+from ..trainer.optim import NamedGroup, named_param_groups
+
+if TYPE_CHECKING:
+    from ..trainer.module import Module
+    from ..trainer.trainer import Trainer
+
+
+class LearningRateMonitor(Callback):
+    """Logs the learning rate that each logged update used, under `lr-Adam`, `lr-Adam/pg1`, or the scheduler's `name`.
+
+    `logging_interval` "step" logs with the points of training, "epoch" with those of its epochs, None each rate as its
+    scheduler steps (without a scheduler: "step"). `-momentum` and `-weight_decay` are added to the names of those.
+    `lrs` keeps what was logged: names → lists.
+    """
+
+    def __init__(
+        self,
+        logging_interval: Literal["step", "epoch"] | None = None,
+        log_momentum: bool = False,
+        log_weight_decay: bool = False,
+    ) -> None:
+        if logging_interval not in (None, "step", "epoch"):
+            raise ConfigurationError(f"logging_interval={logging_interval!r}: use 'step', 'epoch' or None.")
+        self.logging_interval = logging_interval
+        self.log_momentum = log_momentum
+        self.log_weight_decay = log_weight_decay
+        self.lrs: dict[str, list[Any]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        if not trainer.loggers:
+            raise ConfigurationError(
+                "Cannot use LearningRateMonitor with a Trainer that has no logger. Leave out logger=False, or the "
+                "monitor."
+            )
+        self.lrs = {named.name: [] for named in named_param_groups(trainer.optimizers, trainer.lr_scheduler_configs)}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step + 1  # the update that this batch belongs to; only what is logged is read
+        if step % trainer.log_every_n_steps and step not in (1, trainer.max_steps) and not trainer.is_last_batch:
+            return
+        if self.logging_interval != "epoch":
+            self._log(trainer, "step", on_step=True, on_epoch=False)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
+        if self.logging_interval != "step":
+            self._log(trainer, "epoch", on_step=False, on_epoch=True)
+
+    def _log(self, trainer: Trainer, interval: str, on_step: bool, on_epoch: bool) -> None:
+        for named in named_param_groups(trainer.optimizers, trainer.lr_scheduler_configs):
+            if self.logging_interval is None and (named.interval or "step") != interval:
+                continue
+            values = self._values(named)
+            for name, value in values.items():
+                self.log(name, value, on_step=on_step, on_epoch=on_epoch, batch_size=1)
+            rate = values[named.name]
+            self.lrs.setdefault(named.name, []).append(rate.clone() if isinstance(rate, Tensor) else rate)
+
+    def _values(self, named: NamedGroup) -> dict[str, Any]:
+        group = named.group
+        values = {named.name: group["lr"]}  # a tensor for capturable optimizers: never read back here
+        if self.log_momentum:
+            values[f"{named.name}-momentum"] = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
+        if self.log_weight_decay:
+            values[f"{named.name}-weight_decay"] = group.get("weight_decay", 0.0)
+        return values

@@ -1,0 +1,163 @@
+"""`RichProgressBar`: the same as `TQDMProgressBar`, drawn by rich; `progress_bar.py` says when."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .progress_bar import ProgressBar, Stage, clock
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn, TaskID
+
+    from ..trainer.trainer import Trainer
+
+
+@dataclass
+class RichProgressBarTheme:
+    """rich's styles for the parts of the bar; `metrics_text_delimiter` and `metrics_format` write the metrics."""
+
+    description: str = ""
+    progress_bar: str = "#6206E0"
+    progress_bar_finished: str = "#6206E0"
+    progress_bar_pulse: str = "#6206E0"
+    batch_progress: str = ""
+    time: str = "dim"
+    processing_speed: str = "dim underline"
+    metrics: str = "italic"
+    metrics_text_delimiter: str = " "
+    metrics_format: str = ".3f"
+
+
+class RichProgressBar(ProgressBar):
+    """Epoch, batches, speed, time left and what was logged with `prog_bar=True`; validation below training.
+
+    `refresh_rate` as in TQDMProgressBar; `leave` keeps the bar of each epoch; `console_kwargs` go to rich's `Console`.
+    Override `configure_columns` for columns of your own. Where the console is no terminal, an epoch or a validation
+    ends with one plain line.
+    """
+
+    def __init__(
+        self,
+        refresh_rate: int = 1,
+        leave: bool = False,
+        theme: RichProgressBarTheme | None = None,
+        console_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(refresh_rate)
+        self._leave = leave
+        self.theme = theme or RichProgressBarTheme()
+        self._console_kwargs = console_kwargs or {}
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._epoch_drawn = ""
+
+    @property
+    def progress(self) -> Progress | None:
+        """rich's display, while something is shown."""
+        return self._progress
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        """The columns; a task has the fields `batches`, `clock`, `speed` and `metrics`, which are texts."""
+        from rich.progress import BarColumn, TextColumn
+
+        def text(field: str, style: str) -> TextColumn:
+            return TextColumn(f"{{task.fields[{field}]}}", style=style or "none", markup=False)
+
+        theme = self.theme
+        return [
+            TextColumn("{task.description}", style=theme.description or "none", markup=False),
+            BarColumn(
+                complete_style=theme.progress_bar,
+                finished_style=theme.progress_bar_finished,
+                pulse_style=theme.progress_bar_pulse,
+            ),
+            text("batches", theme.batch_progress),
+            text("clock", theme.time),
+            text("speed", theme.processing_speed),
+            text("metrics", theme.metrics),
+        ]
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        if self._progress is None:
+            print(*args, **kwargs)
+        else:
+            self._progress.console.print(*args, **kwargs)
+
+    # --- what the base asks for --------------------------------------------------------------------------------------
+    def _is_terminal(self) -> bool:
+        from rich.console import Console
+
+        console = Console(**self._console_kwargs)
+        return console.is_terminal or console.is_jupyter
+
+    def _open(self, stage: Stage) -> None:
+        if not self._terminal:
+            return
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            columns, console = self.configure_columns(self.trainer), Console(**self._console_kwargs)
+            self._progress = Progress(*columns, console=console, auto_refresh=False, expand=True)
+            self._progress.start()
+        self._epoch_drawn = ""
+        self._tasks[stage.kind] = self._add_task(self._progress, stage)
+
+    def _add_task(self, progress: Progress, stage: Stage) -> TaskID:
+        return progress.add_task(stage.description, total=_total(stage), **_texts(stage), metrics="")
+
+    def _draw(self, stage: Stage, metrics: dict[str, Any] | None) -> None:
+        if self._progress is None:
+            return
+        if self._leave and stage.kind == "train" and stage.description != self._epoch_drawn:
+            if self._epoch_drawn:  # the bar of the epoch before stays where it is
+                self._tasks["train"] = self._add_task(self._progress, stage)
+            self._epoch_drawn = stage.description
+        fields: dict[str, Any] = dict(_texts(stage))
+        if metrics is not None:
+            fields["metrics"] = self._metrics_text(metrics)
+        self._progress.update(
+            self._tasks[stage.kind],
+            description=stage.description,
+            completed=stage.n,
+            total=_total(stage),
+            **fields,
+        )
+        self._progress.refresh()
+
+    def _metrics_text(self, metrics: dict[str, Any]) -> str:
+        theme = self.theme
+        shown = ((name, format(v, theme.metrics_format) if isinstance(v, float) else v) for name, v in metrics.items())
+        return theme.metrics_text_delimiter.join(f"{name}: {value}" for name, value in shown)
+
+    def _close(self, stage: Stage) -> None:
+        if self._progress is None:
+            return
+        if stage.kind in ("sanity", "validation") and (self._train is not None or stage.kind == "sanity"):
+            self._progress.remove_task(self._tasks.pop(stage.kind))
+            self._progress.refresh()
+        if stage.kind == "train" or self._train is None:
+            self._progress.stop()
+            self._progress = None
+            self._tasks = {}
+
+    def _stays(self, stage: Stage) -> bool:
+        return self._leave
+
+
+def _total(stage: Stage) -> float | None:
+    return None if stage.total == math.inf else stage.total
+
+
+def _texts(stage: Stage) -> dict[str, str]:
+    """The fields of `configure_columns`, but the metrics."""
+    elapsed, done = time.monotonic() - stage.started, stage.n - stage.first
+    left = clock((stage.total - stage.n) * elapsed / done) if done > 0 and stage.total < math.inf else "-:--"
+    return {
+        "batches": f"{stage.n}/{stage.total if stage.total < math.inf else '--'}",
+        "clock": f"{clock(elapsed)} • {left}",
+        "speed": f"{done / elapsed if elapsed > 0 else 0:.2f}it/s",
+    }

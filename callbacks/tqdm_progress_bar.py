@@ -1,0 +1,156 @@
+"""`TQDMProgressBar`, the default bar: tqdm draws, `progress_bar.py` says when."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from .progress_bar import ProgressBar, Stage
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+
+
+class TQDMProgressBar(ProgressBar):
+    """Epoch, batches, speed, time left and what was logged with `prog_bar=True`; validation below training.
+
+    Drawn at most ten times a second, and only after whole multiples of `refresh_rate` batches (0: not at all).
+    `process_position` moves the bars that many lines down, `leave` keeps the bar of each epoch. Where standard output
+    is no terminal, an epoch or a validation ends with one plain line. Override `init_train_tqdm` and its like for bars
+    of your own, `get_metrics` for other metrics.
+    """
+
+    BAR_FORMAT = _FORMAT
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
+        super().__init__(refresh_rate)
+        self._process_position = process_position
+        self._leave = leave
+        self._bars: dict[str, tqdm[Any]] = {}
+        self._epoch_drawn = ""
+
+    @property
+    def process_position(self) -> int:
+        """The line of the first bar."""
+        return self._process_position
+
+    # --- the bars, for users to override ---------------------------------------------------------------------------
+    def init_sanity_tqdm(self) -> tqdm[Any]:
+        """The bar of the sanity check."""
+        return self._new_bar(self.sanity_check_description, nested=False)
+
+    def init_train_tqdm(self) -> tqdm[Any]:
+        """The bar of training."""
+        return self._new_bar(self.train_description, nested=False, leave=True)
+
+    def init_validation_tqdm(self) -> tqdm[Any]:
+        """The bar of validation; below that of training in `fit`."""
+        nested = self.trainer.state.fn != "validate"
+        return self._new_bar(self.validation_description, nested, leave=not nested)
+
+    def init_test_tqdm(self) -> tqdm[Any]:
+        """The bar of testing."""
+        return self._new_bar(self.test_description, nested=False, leave=True)
+
+    def init_predict_tqdm(self) -> tqdm[Any]:
+        """The bar of predicting."""
+        return self._new_bar(self.predict_description, nested=False, leave=True)
+
+    def _new_bar(self, description: str, nested: bool, leave: bool = False) -> tqdm[Any]:
+        return bar_class()(
+            desc=description,
+            position=2 * self._process_position + nested,
+            disable=self.is_disabled or not self._terminal,
+            leave=leave,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
+
+    @property
+    def train_progress_bar(self) -> tqdm[Any]:
+        """The bar of training, once it is there."""
+        return self._bar("train")
+
+    @property
+    def val_progress_bar(self) -> tqdm[Any]:
+        """The bar of validation or of the sanity check, once it is there."""
+        return self._bar("validation")
+
+    @property
+    def test_progress_bar(self) -> tqdm[Any]:
+        """The bar of testing, once it is there."""
+        return self._bar("test")
+
+    @property
+    def predict_progress_bar(self) -> tqdm[Any]:
+        """The bar of predicting, once it is there."""
+        return self._bar("predict")
+
+    def _bar(self, kind: str) -> tqdm[Any]:
+        if kind not in self._bars:
+            raise TypeError(f"The {kind} progress bar of `{type(self).__name__}` is not there yet.")
+        return self._bars[kind]
+
+    def print(self, *args: Any, sep: str = " ", end: str = "\n", **kwargs: Any) -> None:
+        if not self._terminal or (self._train is None and self._nested is None):
+            print(*args, sep=sep, end=end, **kwargs)
+        else:
+            bar_class().write(sep.join(map(str, args)), file=kwargs.get("file") or sys.stdout, end=end)
+
+    # --- what the base asks for --------------------------------------------------------------------------------------
+    def _open(self, stage: Stage) -> None:
+        make = {
+            "train": self.init_train_tqdm,
+            "sanity": self.init_sanity_tqdm,
+            "validation": self.init_validation_tqdm,
+            "test": self.init_test_tqdm,
+            "predict": self.init_predict_tqdm,
+        }[stage.kind]
+        self._bars[_place(stage)] = make()
+        self._epoch_drawn = ""
+
+    def _draw(self, stage: Stage, metrics: dict[str, Any] | None) -> None:
+        bar = self._bars[_place(stage)]
+        if self._leave and stage.kind == "train" and stage.description != self._epoch_drawn:
+            if self._epoch_drawn:  # the bar of the epoch before stays where it is
+                bar.close()
+                bar = self._bars["train"] = self.init_train_tqdm()
+            self._epoch_drawn = stage.description
+        bar.start_t = time.time() - (time.monotonic() - stage.started)
+        bar.n, bar.initial = stage.n, stage.first
+        bar.total = None if stage.total == math.inf else int(stage.total)
+        bar.set_description(stage.description, refresh=False)
+        if metrics is not None:
+            bar.set_postfix(metrics, refresh=False)
+        bar.refresh()
+
+    def _close(self, stage: Stage) -> None:
+        self._bars[_place(stage)].close()
+
+    def _stays(self, stage: Stage) -> bool:
+        return self._leave
+
+
+def _place(stage: Stage) -> str:
+    return "validation" if stage.kind == "sanity" else stage.kind
+
+
+@functools.cache
+def bar_class() -> Any:
+    """tqdm's class for where we are, without its thread: we say when to draw."""
+    if "ipykernel" in sys.modules:
+        from tqdm.auto import tqdm
+    else:
+        from tqdm.std import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        monitor_interval = 0
+
+    return Bar

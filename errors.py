@@ -1,0 +1,26 @@
+"""The errors that Paceline raises on purpose; everyone may import them.
+
+Each message says what was wrong with its value, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class PacelineError(Exception):
+    """The root of every error that Paceline raises on purpose."""
+
+
+class ConfigurationError(PacelineError, ValueError):
+    """An argument, a module, a callback or a data loader cannot be used as it is."""
+
+
+class UnknownArgumentError(ConfigurationError, TypeError):
+    """An argument or a method name that does not exist; the message names the nearest one that does."""
+
+
+class LaunchError(PacelineError, RuntimeError):
+    """The ranks of a job could not be started or could not find each other."""
+
+
+class CheckpointError(PacelineError, RuntimeError):
+    """A checkpoint cannot be written, or is missing, incomplete, altered or of another kind."""

@@ -1,0 +1,98 @@
+"""`DDP`: every rank holds the whole model; gradients are averaged once a window by torch's DistributedDataParallel.
+
+DistributedDataParallel wraps a thin module that is handed the step to run, so the user's `forward` stays as it is.
+Surprising: its first backward reduces in another bucket layout than all later ones, which would make a resumed run
+differ by bits; so every `wrap` runs two backwards of zero first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .base import Strategy, register_strategy, zero_loss
+
+
+class _Steps(nn.Module):
+    """Runs whichever step it is given, so that DistributedDataParallel's forward surrounds it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, step: Callable[..., Any], *args: Any) -> Any:
+        return step(*args)
+
+
+@register_strategy("ddp")
+class DDP(Strategy):
+    """Data parallel over processes; takes torch's own options of DistributedDataParallel.
+
+    `sync_batchnorm` replaces BatchNorm layers by ones whose statistics are those of all ranks.
+    """
+
+    distributed = True
+
+    def __init__(self, *, sync_batchnorm: bool = False, **ddp_options: Any) -> None:
+        super().__init__()
+        self.sync_batchnorm = sync_batchnorm
+        self._options = {"gradient_as_bucket_view": True, **ddp_options}
+        self._wrapped: DistributedDataParallel | None = None
+        self._trainable: list[bool] = []
+
+    def wrap(self) -> None:
+        """Wrap the module in DistributedDataParallel, which copies rank 0's weights to all; needed again only when
+        other parameters are trainable than before."""
+        assert self.module is not None
+        if self.world_size == 1:
+            return
+        trainable = [p.requires_grad for p in self.module.parameters()]
+        if self._wrapped is not None and trainable == self._trainable:
+            return
+        self._trainable, self._wrapped = trainable, None
+        if not any(trainable):
+            for tensor in (*self.module.parameters(), *self.module.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+            return
+        self._wrapped = DistributedDataParallel(_Steps(self.module), **self._options)
+        for _ in range(2):
+            self._wrapped(zero_loss, self.module).backward()
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def unwrap(self) -> None:
+        """Let go of DistributedDataParallel and its gradient buckets."""
+        self._wrapped = None
+
+    def training_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step` inside DistributedDataParallel's forward."""
+        step = self._in_precision(step)
+        return step if self._wrapped is None else partial(self._wrapped, step)
+
+    def sync_gradients(self, enabled: bool) -> None:
+        """What DistributedDataParallel's `no_sync` sets, without a context manager a micro-batch."""
+        if self._wrapped is not None:
+            self._wrapped.require_backward_grad_sync = enabled
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average `.grad` over the ranks in one flat all-reduce; an absent one counts as zero."""
+        if self.world_size == 1:
+            return
+        held = [p for p in parameters if p.requires_grad]
+        for parameter in held:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [p.grad for p in held if p.grad is not None]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads, strict=True)])
+
+
+register_strategy("ddp_find_unused_parameters_true", find_unused_parameters=True)(DDP)

@@ -1,0 +1,370 @@
+"""`run_ranks`: run a command as the ranks of a job on this machine, and answer with the job's exit code.
+
+The engine is torch's elastic agent, the one inside torchrun: it makes the store, hands out ranks and environment, and
+starts and watches the processes. Ours is how a job ends. Read `_Agent._monitor_workers`, then `_verdict`.
+
+The surprise: every rank leads a session of its own, so Ctrl-C reaches this process alone. Signals only set a flag
+here, for an exception in the middle of starting four ranks would leave two behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SubprocessContext
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from ..errors import LaunchError
+from .faults import LAUNCHER_FOLDER, ranks_in_a_run, read_reports
+
+RESUMABLE = 75
+"""The exit code of a rank that saved its state and asks to be started again."""
+
+GRACE_SECONDS = {signal.SIGINT: 10.0, signal.SIGTERM: 30.0}
+"""How long ranks may take to end after Ctrl-C, and after SIGTERM, when they may have a checkpoint to write."""
+FAILURE_GRACE_SECONDS = 5.0
+"""How long the other ranks may take to end when one has failed."""
+RENDEZVOUS_SECONDS = 900
+"""How long one node waits for the others."""
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_NEVER_A_CONSEQUENCE = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+"""Signals that end a rank for a reason of its own; NCCL's watchdog, say, aborts a rank because of another's end."""
+
+
+def run_ranks(
+    command: list[str],
+    *,
+    devices: int,
+    num_nodes: int = 1,
+    node_rank: int = 0,
+    master_addr: str = "127.0.0.1",
+    master_port: int = 0,
+) -> int:
+    """Run `command` in `devices` processes, wait for their end and return the exit code of the job.
+
+    The code is 0 when all ranks end with 0; 75 when ranks end with 75 and none fails; otherwise that of the first rank
+    to fail (128 + n for signal n), or 128 + n when signal n ends this process. Nothing is printed but a failure.
+    With several nodes this is called on each, with the address and a free port of node 0; `master_port=0` is for one
+    node. Raises `LaunchError` when the nodes do not find each other. For the main thread only.
+    """
+    _quieten_torch()
+    with tempfile.TemporaryDirectory(prefix="paceline-launch-", ignore_cleanup_errors=True) as folder:
+        try:
+            agent = _agent(command, devices, num_nodes, node_rank, master_addr, master_port, Path(folder))
+            agent.run()
+        except KeyboardInterrupt:  # before the ranks were started, or while other nodes were waited for
+            return 128 + signal.SIGINT
+        except (RendezvousError, DistError) as error:
+            raise LaunchError(_why_no_rendezvous(num_nodes, master_addr, master_port, error)) from error
+        code, message = _verdict(agent)
+    if message:
+        sys.stderr.write(message)
+        sys.stderr.flush()
+    return code
+
+
+def _agent(
+    command: list[str],
+    devices: int,
+    num_nodes: int,
+    node_rank: int,
+    master_addr: str,
+    master_port: int,
+    folder: Path,
+) -> _Agent:
+    alone = num_nodes == 1
+    rendezvous = RendezvousParameters(
+        backend="c10d" if alone else "static",  # the former finds a free port, the latter keeps to the node's rank
+        endpoint=f"{master_addr}:{master_port}",
+        run_id=uuid.uuid4().hex if alone else "paceline",
+        min_nodes=num_nodes,
+        max_nodes=num_nodes,
+        local_addr=master_addr if alone else None,  # else a host name, which may not resolve
+        rank=node_rank,
+        timeout=RENDEZVOUS_SECONDS,
+    )
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=devices,
+        rdzv_handler=get_rendezvous_handler(rendezvous),
+        entrypoint=command[0],
+        args=tuple(word.replace("$", "$$") for word in command[1:]),  # the agent fills in ${local_rank}
+        max_restarts=0,
+        monitor_interval=0.1,
+        master_addr=None if alone else master_addr,
+        master_port=None if alone else master_port,
+    )
+    return _Agent(spec, _Console(_environment(devices, folder)), folder, node_rank, num_nodes)
+
+
+class _Agent(LocalElasticAgent):
+    """torch's agent, which ends ranks the way described above and remembers why."""
+
+    def __init__(self, spec: WorkerSpec, console: LogsSpecs, folder: Path, node_rank: int, num_nodes: int) -> None:
+        super().__init__(spec, logs_specs=console)
+        self._num_nodes = num_nodes
+        self.folder = folder
+        self.signals = _Signals()
+        self.first_down: list[_Down] = []
+        self.other_node = ""
+        self._node = f"node {node_rank} (host {socket.gethostname()})"
+        self._resumable_since: float | None = None
+        self._next_look_at_nodes = 0.0
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self.signals.watch()
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "NONE"  # torch's handlers raise, wherever they interrupt
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        del os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
+        return started
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Called ten times a second: end all ranks when there is a reason, and tell torch's agent how things are."""
+        processes = self._processes()
+        down = [
+            _Down(worker.global_rank, process.pid, code)
+            for worker, process in zip(worker_group.workers, processes, strict=True)
+            if (code := process.poll())
+        ]
+        failed = [end for end in down if end.code != RESUMABLE]
+        for number in self.signals.to_forward():
+            _send(processes, number)
+        if self.signals.ending:
+            self.first_down = down
+            self._end_on_signal(processes, self.signals.ending[0])
+        elif failed or self._another_node_failed(worker_group.store):
+            self.first_down = failed
+            self._tell_other_nodes(worker_group.store)
+            self._end(processes, signal.SIGTERM, FAILURE_GRACE_SECONDS)
+        elif down and len(down) < len(processes) and self._may_still_save():
+            return RunResult(state=WorkerState.HEALTHY)
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.state is not WorkerState.HEALTHY:
+            self.signals.restore()
+        return result
+
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        """Called by torch's agent at its own end, whatever the cause; the ranks have ended unless it broke down."""
+        processes = self._processes()
+        if any(process.poll() is None for process in processes):
+            self._end(processes, signal.SIGTERM, FAILURE_GRACE_SECONDS)
+        self.signals.restore()
+        super()._shutdown(*args, **kwargs)
+
+    def codes(self) -> list[int | None]:
+        """The exit codes of the ranks of this node, as `subprocess` gives them."""
+        return [process.poll() for process in self._processes()]
+
+    @property
+    def aftermath(self) -> str:
+        """What came after the end of the first rank, to go on a sentence with."""
+        if self._num_nodes > 1:
+            return "; the others were ended. Where another node tells of a failure, that may be the cause"
+        return "; the other ranks were ended" if len(self._processes()) > 1 else ""
+
+    def _processes(self) -> list[subprocess.Popen[bytes]]:
+        context = self._pcontext
+        if not isinstance(context, SubprocessContext):
+            return []  # not started yet
+        return [handler.proc for _, handler in sorted(context.subprocess_handlers.items())]
+
+    def _may_still_save(self) -> bool:
+        """True while the others are waited for after one rank ended with 75: they agreed on it and will do the same."""
+        now = time.monotonic()
+        self._resumable_since = self._resumable_since or now
+        return now < self._resumable_since + GRACE_SECONDS[signal.SIGTERM]
+
+    def _end_on_signal(self, processes: list[subprocess.Popen[bytes]], number: int) -> None:
+        """Pass Ctrl-C on where it ends a run in order; elsewhere, as while torch is imported, it prints tracebacks."""
+        if number == signal.SIGINT and ranks_in_a_run(self.folder) == len(processes):
+            self._end(processes, signal.SIGINT, GRACE_SECONDS[signal.SIGINT])
+        else:
+            grace = GRACE_SECONDS[signal.SIGINT if number == signal.SIGINT else signal.SIGTERM]
+            self._end(processes, signal.SIGTERM, grace)
+
+    def _end(self, processes: list[subprocess.Popen[bytes]], number: int, grace_seconds: float) -> None:
+        """Ask the ranks to end, and after a while, or at one more signal, end them and all that they started."""
+        deadline, signals = time.monotonic() + grace_seconds, len(self.signals.ending)
+        _send(processes, number)  # not to data loaders' workers: a rank that still saves needs them
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or len(self.signals.ending) > signals:
+                break
+            time.sleep(0.01)
+        for process in processes:
+            with suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS: only the dead are
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):  # a process that hangs in a driver cannot be waited for
+                process.wait(FAILURE_GRACE_SECONDS)
+
+    def _another_node_failed(self, store: Any) -> bool:
+        """Look into the store of the job once a second; torch's agents do not tell each other."""
+        if self._num_nodes == 1 or time.monotonic() < self._next_look_at_nodes:
+            return False
+        self._next_look_at_nodes = time.monotonic() + 1
+        try:
+            if store.check([_FAILED_NODE]):
+                self.other_node = store.get(_FAILED_NODE).decode()
+        except DistError:
+            self.other_node = "node 0, which cannot be reached any more,"
+        return bool(self.other_node)
+
+    def _tell_other_nodes(self, store: Any) -> None:
+        if self._num_nodes > 1 and not self.other_node:
+            with suppress(DistError):  # node 0 is gone, and with it the job
+                store.set(_FAILED_NODE, self._node)
+
+
+_FAILED_NODE = "paceline/failed_node"
+
+
+class _Signals:
+    """The signals that came in while ranks ran. Whoever ignores one, as nohup does with SIGHUP, goes on ignoring it."""
+
+    def __init__(self) -> None:
+        self.ending: list[int] = []
+        self._forward: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def watch(self) -> None:
+        """Note the signals from now on."""
+        for number in (*_ENDING, signal.SIGUSR1):
+            before = signal.getsignal(number)
+            if number in self._before or before in (signal.SIG_IGN, None):
+                continue
+            if number == signal.SIGUSR1 and before is not signal.SIG_DFL:
+                continue  # the script's own, such as faulthandler's
+            self._before[number] = before
+            signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Put back the handlers from before."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def to_forward(self) -> list[int]:
+        """The signals since the last call that are the ranks' business alone."""
+        taken, self._forward = self._forward, []
+        return taken
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        (self._forward if number == signal.SIGUSR1 else self.ending).append(number)
+
+
+@dataclass(frozen=True)
+class _Down:
+    """A rank that has ended; the code is subprocess's: minus the number where a signal ended it."""
+
+    rank: int
+    pid: int
+    code: int
+
+    @property
+    def exit_code(self) -> int:
+        return self.code if self.code > 0 else 128 - self.code
+
+    def __str__(self) -> str:
+        rank = f"rank {self.rank} (pid {self.pid}, host {socket.gethostname()})"
+        if self.code > 0:
+            return f"{rank} ended with exit code {self.code}"
+        name = signal.Signals(-self.code).name
+        hint = " (out of memory? the kernel's log tells)" if -self.code == signal.SIGKILL else ""
+        return f"{rank} was killed by {name}{hint}"
+
+
+def _verdict(agent: _Agent) -> tuple[int, str]:
+    """The exit code of the job and what to print about its end."""
+    codes = agent.codes()
+    if agent.signals.ending:
+        return (RESUMABLE if RESUMABLE in codes else 128 + agent.signals.ending[0]), ""
+    if all(code in (0, RESUMABLE) for code in codes):
+        return max(code or 0 for code in codes), ""
+    if agent.other_node:
+        return 1, f"{agent.other_node} failed, so the ranks of this node were ended. Its output tells why.\n"
+    if not agent.first_down:  # 75 from some ranks, and the others never ended
+        return RESUMABLE, ""
+    reports = read_reports(agent.folder)
+    text = next((report.text for report in reports if report.text), "")
+    explained = {report.rank for report in reports}
+    silent = [down for down in agent.first_down if down.rank not in explained]
+    killed = [down for down in silent if -down.code in _NEVER_A_CONSEQUENCE]
+    raised = [down for down in silent if down.code > 0]  # outside a run: Python has printed the traceback
+    if killed:
+        return killed[0].exit_code, f"{killed[0]}{agent.aftermath}.\n"
+    if raised:
+        return raised[0].exit_code, f"{text}{raised[0]}{agent.aftermath}.\n"
+    if text:
+        return 1, text
+    return agent.first_down[0].exit_code, f"{agent.first_down[0]}{agent.aftermath}.\n"
+
+
+def _send(processes: Iterable[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        process.send_signal(number)  # nothing where it has ended
+
+
+class _Console(LogsSpecs):
+    """Ranks write to this process's stdout and stderr, and get some variables beside torch's own."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        super().__init__()
+        self._variables = variables
+
+    @property
+    def root_log_dir(self) -> str:
+        """No log files."""
+        return ""
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Where each local rank writes: "" is here."""
+        for variables in envs.values():
+            variables.update(self._variables)
+        here = dict.fromkeys(envs, "")
+        return LogsDest(stdouts=here, stderrs=here, error_files=here)
+
+
+def _environment(devices: int, folder: Path) -> dict[str, str]:
+    variables = {LAUNCHER_FOLDER: str(folder)}
+    if "OMP_NUM_THREADS" not in os.environ and devices > 1:  # torchrun sets 1, with a warning
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        variables["OMP_NUM_THREADS"] = str(max(1, cores // devices))
+    if "PYTHONUNBUFFERED" not in os.environ and not os.isatty(1):
+        variables["PYTHONUNBUFFERED"] = "1"  # as under torchrun: a rank that is killed has printed what it printed
+    return variables
+
+
+def _quieten_torch() -> None:
+    """Keep the agent's log from the terminal: it tells in many lines what `_verdict` says in one. LOGLEVEL shows it."""
+    if "LOGLEVEL" not in os.environ:
+        logger = logging.getLogger("torch.distributed.elastic")
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+
+
+def _why_no_rendezvous(num_nodes: int, master_addr: str, master_port: int, error: Exception) -> str:
+    if num_nodes == 1:
+        return f"The ranks' meeting point on {master_addr} could not be opened: {error}"
+    return (
+        f"The {num_nodes} nodes did not meet at {master_addr}:{master_port}: {error}. Run the same command on every "
+        "node, --node-rank 0 on the one that has this address, within "
+        f"{RENDEZVOUS_SECONDS // 60} minutes, and choose a port that is free there and open to the others."
+    )

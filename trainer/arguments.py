@@ -1,0 +1,284 @@
+"""The Trainer's arguments, checked and in one spelling.
+
+Each function takes what users may write and returns what the trainer uses, or raises a ConfigurationError that says
+what was wrong with its value and what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from ..errors import ConfigurationError, UnknownArgumentError
+from .hooks import overridden
+from .module import Module
+
+#: Arguments that Lightning's Trainer had or has, and what to write here.
+REMOVED_ARGUMENTS = {
+    "gpus": "accelerator='gpu', devices={value!r}",
+    "num_gpus": "accelerator='gpu', devices={value!r}",
+    "tpu_cores": "accelerator='tpu', devices={value!r}",
+    "ipus": "accelerator and devices",
+    "num_processes": "accelerator='cpu', devices={value!r}",
+    "auto_select_gpus": "devices='auto'",
+    "distributed_backend": "strategy={value!r}",
+    "checkpoint_callback": "enable_checkpointing={value!r}",
+    "progress_bar_refresh_rate": "callbacks=[TQDMProgressBar(refresh_rate={value!r})]",
+    "process_position": "callbacks=[TQDMProgressBar(process_position={value!r})]",
+    "weights_summary": "enable_model_summary or callbacks=[ModelSummary(max_depth=...)]",
+    "weights_save_path": "default_root_dir, or ModelCheckpoint(dirpath={value!r})",
+    "resume_from_checkpoint": "trainer.fit(model, ckpt_path={value!r})",
+    "auto_lr_find": "a schedule of your own",
+    "auto_scale_batch_size": "global_batch_size",
+    "stochastic_weight_avg": "callbacks=[StochasticWeightAveraging(...)]",
+    "terminate_on_nan": "detect_anomaly, or EarlyStopping(check_finite=True)",
+    "amp_backend": "precision",
+    "amp_level": "precision",
+    "replace_sampler_ddp": "use_distributed_sampler={value!r}",
+    "multiple_trainloader_mode": "CombinedLoader(loaders, mode={value!r})",
+    "truncated_bptt_steps": "manual optimization",
+    "move_metrics_to_cpu": "nothing: metrics are copied without blocking",
+    "track_grad_norm": "gradient_clip_val, whose norm is logged as grad_norm",
+    "log_gpu_memory": "callbacks=[DeviceStatsMonitor()]",
+    "flush_logs_every_n_steps": "CSVLogger(flush_logs_every_n_steps={value!r})",
+    "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs=1",
+    "prepare_data_per_node": "prepare_data_per_node of the module or data module",
+    "max_nb_epochs": "max_epochs={value!r}",
+    "plugins": "a Strategy object, or precision",
+}
+
+
+def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
+    """UnknownArgumentError for the first argument that the Trainer does not have, naming the right one."""
+    for name, value in unknown.items():
+        if name in REMOVED_ARGUMENTS:
+            instead = REMOVED_ARGUMENTS[name].format(value=value)
+            raise UnknownArgumentError(f"Trainer({name}={value!r}) is not an argument (any more). Write {instead}.")
+        near = difflib.get_close_matches(name, list(known), 1, 0)
+        raise UnknownArgumentError(f"Trainer({name}={value!r}): there is no argument {name!r}. Did you mean {near[0]!r}?")
+
+
+def check_limit(name: str, value: Any) -> int | float | None:
+    """A number of batches (int) or a fraction of them (float from 0 to 1)."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (isinstance(value, float) and value > 1):
+        raise ConfigurationError(
+            f"{name}={value!r} is neither a number of batches (an int from 0) nor a fraction of them (a float from 0.0 to 1.0)."
+        )
+    return value
+
+
+def check_count(name: str, value: Any, least: int = 1, special: tuple[Any, ...] = ()) -> Any:
+    """A whole number of at least `least`, or one of `special`."""
+    if value in special and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        also = "".join(f" or {s}" for s in special)
+        raise ConfigurationError(f"{name}={value!r} is not a whole number of at least {least}{also}.")
+    return value
+
+
+def parse_seconds(name: str, value: Any) -> float | None:
+    """Seconds in "DD:HH:MM:SS", a timedelta, or a dict of timedelta's arguments."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", value.strip())
+        if match is None:
+            raise ConfigurationError(f"{name}={value!r} is not of the form 'DD:HH:MM:SS', as '00:01:30:00' for 90 minutes.")
+        days, hours, minutes, seconds = map(int, match.groups())
+        value = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    if isinstance(value, dict):
+        try:
+            value = timedelta(**value)
+        except TypeError:
+            raise ConfigurationError(f"{name}={value!r}: use keys days, hours, minutes, seconds.") from None
+    if not isinstance(value, timedelta):
+        raise ConfigurationError(f"{name}={value!r}: use 'DD:HH:MM:SS', a timedelta or a dict such as {{'hours': 3}}.")
+    return value.total_seconds()
+
+
+def check_clipping(value: Any, algorithm: Any) -> tuple[float | None, str | None]:
+    """`gradient_clip_val` and `gradient_clip_algorithm`."""
+    algorithm = getattr(algorithm, "value", algorithm)
+    if algorithm not in (None, "norm", "value"):
+        raise ConfigurationError(f"gradient_clip_algorithm={algorithm!r} is not known. Use 'norm' or 'value'.")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+        raise ConfigurationError(f"gradient_clip_val={value!r} is not a number of at least 0. Use None for no clipping.")
+    return (value or None), algorithm
+
+
+@dataclass
+class Arguments:
+    """The arguments as the trainer uses them; the names are Trainer's own."""
+
+    max_epochs: int | None
+    max_steps: int
+    max_seconds: float | None
+    min_epochs: int | None
+    min_steps: int | None
+    limit_train_batches: int | float | None
+    limit_val_batches: int | float | None
+    limit_test_batches: int | float | None
+    limit_predict_batches: int | float | None
+    overfit_batches: int | float
+    fast_dev_run: int
+    num_sanity_val_steps: int
+    val_check_interval: int | float
+    check_val_every_n_epoch: int | None
+    accumulate_grad_batches: int
+    global_batch_size: int | None
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str | None
+    log_every_n_steps: int
+    enable_progress_bar: bool
+    enable_checkpointing: bool
+    enable_model_summary: bool
+    default_root_dir: str
+    deterministic: bool | str | None
+    benchmark: bool | None
+    detect_anomaly: bool
+    inference_mode: bool
+    use_distributed_sampler: bool
+    reload_dataloaders_every_n_epochs: int
+    barebones: bool
+
+    @classmethod
+    def checked(cls, given: Mapping[str, Any]) -> Arguments:
+        """From what Trainer was given; ConfigurationError for what cannot be used."""
+        barebones = bool(given["barebones"])
+        if barebones:
+            _check_barebones(given)
+        if given["global_batch_size"] is not None and given["accumulate_grad_batches"] is not None:
+            raise ConfigurationError(
+                f"accumulate_grad_batches={given['accumulate_grad_batches']} and global_batch_size={given['global_batch_size']} "
+                "contradict each other: the first is derived from the second. Give one of them."
+            )
+        clip_value, clip_algorithm = check_clipping(given["gradient_clip_val"], given["gradient_clip_algorithm"])
+        fast = check_count("fast_dev_run", int(given["fast_dev_run"]), 0)
+        extras = not (barebones or fast)
+        n_epoch = given["check_val_every_n_epoch"]
+        interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
+        if n_epoch is None and isinstance(interval, float):
+            raise ConfigurationError(
+                f"check_val_every_n_epoch=None counts micro-batches across epochs, so val_check_interval={interval!r} must be "
+                "a number of them (an int)."
+            )
+        return cls(
+            max_epochs=1 if fast else _optional_count("max_epochs", given["max_epochs"], 0, (-1,)),
+            max_steps=fast or check_count("max_steps", given["max_steps"], 0, (-1,)),
+            max_seconds=parse_seconds("max_time", given["max_time"]),
+            min_epochs=_optional_count("min_epochs", given["min_epochs"], 0),
+            min_steps=_optional_count("min_steps", given["min_steps"], 0),
+            limit_train_batches=check_limit("limit_train_batches", given["limit_train_batches"]),
+            limit_val_batches=check_limit("limit_val_batches", given["limit_val_batches"]),
+            limit_test_batches=check_limit("limit_test_batches", given["limit_test_batches"]),
+            limit_predict_batches=check_limit("limit_predict_batches", given["limit_predict_batches"]),
+            overfit_batches=check_limit("overfit_batches", given["overfit_batches"]) or 0,
+            fast_dev_run=fast,
+            num_sanity_val_steps=_sanity_steps(given["num_sanity_val_steps"], barebones),
+            val_check_interval=_check_interval(interval),
+            check_val_every_n_epoch=_optional_count("check_val_every_n_epoch", n_epoch),
+            accumulate_grad_batches=check_count("accumulate_grad_batches", _or(given["accumulate_grad_batches"], 1)),
+            global_batch_size=_optional_count("global_batch_size", given["global_batch_size"]),
+            gradient_clip_val=clip_value,
+            gradient_clip_algorithm=clip_algorithm,
+            log_every_n_steps=_log_every(given["log_every_n_steps"], barebones),
+            enable_progress_bar=not barebones and given["enable_progress_bar"] is not False,
+            enable_checkpointing=extras and given["enable_checkpointing"] is not False,
+            enable_model_summary=not barebones and given["enable_model_summary"] is not False,
+            default_root_dir=os.fspath(_or(given["default_root_dir"], "runs")),
+            deterministic=given["deterministic"],
+            benchmark=given["benchmark"],
+            detect_anomaly=bool(given["detect_anomaly"]),
+            inference_mode=bool(given["inference_mode"]),
+            use_distributed_sampler=bool(given["use_distributed_sampler"]),
+            reload_dataloaders_every_n_epochs=check_count(
+                "reload_dataloaders_every_n_epochs", given["reload_dataloaders_every_n_epochs"], 0
+            ),
+            barebones=barebones,
+        )
+
+    def limit_of(self, stage: str) -> int | float | None:
+        """The limit for "train", "val", "test" or "predict": by fast_dev_run, overfit_batches or its own argument."""
+        if self.fast_dev_run:
+            return self.fast_dev_run
+        if self.overfit_batches and stage in ("train", "val"):
+            return self.overfit_batches
+        limit: int | float | None = getattr(self, f"limit_{stage}_batches")
+        return limit
+
+    def check_fit(self, module: Module) -> None:
+        """What `fit` alone needs; ConfigurationError."""
+        if self.max_epochs is None and self.max_steps == -1 and self.max_seconds is None:
+            raise ConfigurationError(
+                "fit() would never end: give Trainer(max_epochs=...), max_steps=... or max_time='DD:HH:MM:SS' "
+                "(max_epochs=-1 to train until you stop it)."
+            )
+        if not overridden(module, "training_step", Module):
+            raise ConfigurationError(
+                f"{type(module).__name__} has no training_step, so fit() cannot train it. Define "
+                "training_step(self, batch, batch_idx) that returns the loss."
+            )
+        if module.automatic_optimization:
+            return
+        for name in ("gradient_clip_val", "global_batch_size"):
+            if getattr(self, name) is not None:
+                raise ConfigurationError(
+                    f"{name}={getattr(self, name)} cannot be used with manual optimization (automatic_optimization = False). "
+                    "Do it in training_step, where the gradients are."
+                )
+        if self.accumulate_grad_batches != 1:
+            raise ConfigurationError(
+                f"accumulate_grad_batches={self.accumulate_grad_batches} cannot be used with manual optimization. Call "
+                "manual_backward several times before step() in training_step."
+            )
+        if overridden(module, "loss_weight", Module):
+            raise ConfigurationError(
+                "loss_weight cannot be used with manual optimization: there is no window to weigh. Weigh the losses in "
+                "training_step."
+            )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _optional_count(name: str, value: Any, least: int = 1, special: tuple[Any, ...] = ()) -> Any:
+    return None if value is None else check_count(name, value, least, special)
+
+
+def _sanity_steps(value: Any, barebones: bool) -> int:
+    steps: int = 0 if barebones else check_count("num_sanity_val_steps", _or(value, 2), 0, (-1,))
+    return steps
+
+
+def _log_every(value: Any, barebones: bool) -> int:
+    """0 (never, Lightning's spelling for barebones) is a number no step reaches."""
+    every: int = check_count("log_every_n_steps", _or(value, 0 if barebones else 50), 0)
+    return every or sys.maxsize
+
+
+def _check_interval(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or (isinstance(value, float) and value > 1):
+        raise ConfigurationError(
+            f"val_check_interval={value!r} is neither a number of micro-batches (an int from 1) nor a fraction of the epoch "
+            "(a float up to 1.0)."
+        )
+    return value
+
+
+def _check_barebones(given: Mapping[str, Any]) -> None:
+    for name in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary", "logger", "log_every_n_steps",
+                 "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler"):  # fmt: skip
+        if given[name]:
+            raise ConfigurationError(f"barebones=True switches {name} off, but {name}={given[name]!r} asks for it. Leave one out.")

@@ -1,0 +1,89 @@
+"""Which checkpoint `ckpt_path` means: a path or URL, "best", "last" or "auto"."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...errors import CheckpointError
+from ..rank_zero import rank_zero_warn
+from .find import find_newest
+from .pointer import resolve_pointer
+from .run_state import read
+from .storage import storage_of
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
+
+
+def choose(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None) -> str | None:
+    """The checkpoint's path, agreed by all ranks; None to start afresh. Raises CheckpointError on every rank."""
+    if ckpt_path is None:
+        return None
+    outcome: Any = None
+    if trainer.is_global_zero:
+        try:
+            outcome = _choose(trainer, ckpt_path)
+        except CheckpointError as error:
+            outcome = error
+    outcome = trainer.strategy.broadcast_object(outcome)
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    return None if outcome is None else str(outcome)
+
+
+def _choose(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> str | None:
+    if ckpt_path not in ("best", "last", "auto"):
+        return resolve_pointer(ckpt_path)
+    if ckpt_path == "best":
+        best = _best_of_this_process(trainer)
+        if best:
+            return best
+    newest, skipped = find_newest(_folders(trainer))
+    for path, reason in skipped:
+        rank_zero_warn(f"ckpt_path={ckpt_path!r} passes over {path}: {reason}")
+    if newest is None:
+        if ckpt_path == "auto":
+            return None
+        raise CheckpointError(
+            f"ckpt_path={ckpt_path!r}: there is no valid checkpoint in {', '.join(_folders(trainer)) or 'any folder'}. "
+            "Give the path of one, or ckpt_path='auto' to start afresh where there is none."
+        )
+    return newest if ckpt_path != "best" else _best_recorded_in(newest)
+
+
+def _best_of_this_process(trainer: Trainer) -> str:
+    for callback in trainer.checkpoint_callbacks:
+        if path := getattr(callback, "best_model_path", ""):
+            return str(path)
+    return ""
+
+
+def _best_recorded_in(path: str) -> str:
+    for state in read(path).get("callbacks", {}).values():
+        if isinstance(state, dict) and state.get("best_model_path"):
+            best = str(state["best_model_path"])
+            storage, parent = storage_of(path)
+            beside = storage.join(storage.split(parent)[0], os.path.basename(best))
+            return best if storage_of(best)[0].exists(storage_of(best)[1]) else beside
+    raise CheckpointError(f"ckpt_path='best': {path} records no best checkpoint. Give a path, or use 'last'.")
+
+
+def _folders(trainer: Trainer) -> Sequence[str]:
+    """The explicit folders of the checkpoint callbacks; else the newest version folder that holds a checkpoint."""
+    explicit = [str(folder) for c in trainer.checkpoint_callbacks if (folder := getattr(c, "_given_dirpath", None))]
+    if explicit:
+        return explicit
+    storage, root = storage_of(trainer.default_root_dir)
+    try:
+        names = storage.list(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    versions = sorted((int(n[8:]) for n in names if n.startswith("version_") and n[8:].isdigit()), reverse=True)
+    for version in versions:
+        folder = storage.join(root, f"version_{version}", "checkpoints")
+        newest, _ = find_newest([folder], deep=False)
+        if newest is not None:
+            return [folder]
+    return []

@@ -1,0 +1,121 @@
+"""Weights out of files that others wrote: for `load_from_checkpoint`.
+
+`load_weights_of` reads a checkpoint of ours, a `.safetensors` file, or what `torch.save` wrote (Lightning's `.ckpt`,
+a plain `.pt`). The last is a pickle; torch's weights-only reader builds tensors and plain containers from it and
+calls nothing else. Classes that it does not know, which Lightning's hyper-parameters often hold, are replaced by
+inert stand-ins, so that one odd hyper-parameter does not cost the weights; what was replaced is named in `left_out`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from .blocks import BlockReader
+from .load import load, read_safetensors
+from .pointer import resolve_pointer
+from .storage import Storage, storage_of
+
+
+@dataclass
+class Weights:
+    """A state dict and the hyper-parameters beside it; `left_out` names those that could not be read."""
+
+    state_dict: dict[str, Any]
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    hparams_name: str | None = None
+    init_names: list[str] | None = None
+
+
+def load_weights_of(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Weights:
+    """The weights in a checkpoint folder, a `.safetensors` file, or a file of `torch.save`; nothing is executed."""
+    place = resolve_pointer(path)
+    storage, place = storage_of(place)
+    if not storage.is_file(place):
+        loaded = load(place, device)
+        hyper_parameters = loaded.state_item("hyper_parameters")
+        return Weights(
+            loaded.model,
+            hyper_parameters if isinstance(hyper_parameters, dict) else {},
+            hparams_name=loaded.state_item("hparams_name"),
+            init_names=loaded.state_item("hparams_init_names"),
+        )
+    if place.endswith(".safetensors"):
+        return Weights({name: tensor.to(device) for name, tensor in read_safetensors(storage, place).items()})
+    return _from_torch(place, *_unpickle(storage, place, torch.device(device)))
+
+
+def _from_torch(path: str, content: Any, replaced: list[Any]) -> Weights:
+    """The weights in what `torch.save` wrote: Lightning's dict, or a state dict itself."""
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, expected a dict with 'state_dict', or a state dict."
+        )
+    state_dict = content.get("state_dict", content)
+    if not isinstance(state_dict, dict) or not any(isinstance(value, Tensor) for value in state_dict.values()):
+        keys = ", ".join(map(repr, list(content)[:10]))
+        raise CheckpointError(
+            f"{path} has no 'state_dict' and is none; its keys are {keys}. Save the state dict alone."
+        )
+    hyper_parameters = content.get("hyper_parameters") if state_dict is not content else None
+    left_out: list[str] = []
+    kept = _without(hyper_parameters or {}, {id(item) for item in replaced}, "", left_out)
+    name = content.get("hparams_name") if state_dict is not content else None
+    return Weights(dict(state_dict), kept if isinstance(kept, dict) else {}, left_out, hparams_name=name)
+
+
+def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, list[Any]]:
+    """What torch's weights-only reader makes of a file, and the objects in it that only stand in for others."""
+    with BlockReader(storage, path) as reader:
+        data = io.BytesIO(reader.read(0, reader.size))
+    replaced: list[Any] = []
+
+    class StandIn:
+        def __new__(cls, *_: Any, **__: Any) -> Any:
+            made: OrderedDict[Any, Any] = OrderedDict()  # the reader fills nothing but plain dicts
+            replaced.append(made)
+            return made
+
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(data) if zipfile.is_zipfile(data) else []
+        data.seek(0)
+        with torch.serialization.safe_globals([(StandIn, name) for name in unknown]):
+            return torch.load(data, map_location=device, weights_only=True), replaced
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        EOFError,
+    ) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as weights without executing what is in it: {(str(error) or 'empty')[:300]}. Save "
+            f"its state dict as .safetensors where its code is at hand and trusted."
+        ) from error
+
+
+def _without(value: Any, replaced: set[int], path: str, left_out: list[str]) -> Any:
+    """`value` without the empty stand-ins in its dicts; one that was filled was a dict of a class unknown here."""
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, item in value.items():
+        name = f"{path}.{key}" if path else str(key)
+        if id(item) in replaced and not item:
+            left_out.append(name)
+        else:
+            kept[key] = _without(item, replaced, name, left_out)
+    return kept

@@ -1,0 +1,57 @@
+"""Which folders are checkpoints, and which of them is the newest that is whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from ...errors import CheckpointError
+from .load import verify
+from .manifest import Manifest, manifest_in
+from .pointer import SUFFIX
+from .storage import storage_of
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder with a valid manifest (no pointer); its other files are not looked at."""
+    try:
+        manifest_in(*storage_of(path))
+    except CheckpointError:
+        return False
+    return True
+
+
+def find_newest(
+    folders: Iterable[str | os.PathLike[str]], deep: bool = True
+) -> tuple[str | None, list[tuple[str, str]]]:
+    """The newest whole checkpoint in `folders`, and those passed over, each with the reason.
+
+    Newest is the greatest `global_step`, then the latest manifest. With `deep` a checkpoint is read entirely before
+    it is called whole (`verify`). A folder that does not exist is empty.
+    """
+    candidates, skipped = _candidates(folders)
+    for path, _ in sorted(candidates, key=lambda found: (found[1].global_step, found[1].time), reverse=True):
+        problems = verify(path, deep)
+        if not problems:
+            return path, skipped
+        skipped.append((path, problems[0]))
+    return None, skipped
+
+
+def _candidates(folders: Iterable[str | os.PathLike[str]]) -> tuple[list[tuple[str, Manifest]], list[tuple[str, str]]]:
+    candidates, skipped = [], []
+    for folder in folders:
+        storage, place = storage_of(folder)
+        try:
+            names = storage.list(place)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for name in sorted(names):
+            if not name.endswith(SUFFIX) or names[name] is not None:  # files are pointers, and checkpoints of others
+                continue
+            path = storage.join(place, name)
+            try:
+                candidates.append((path, manifest_in(storage, path)))
+            except CheckpointError as error:
+                skipped.append((path, str(error)))
+    return candidates, skipped

@@ -1,0 +1,285 @@
+"""Reading a checkpoint: nothing is believed before it is proved, and nothing is executed.
+
+`load` reads the manifest and compares the folder with it; each part is then read when it is first asked for, so that
+weights alone cost no more than weights. Every byte is checked against its block's checksum, every header against its
+file's size, every box against header and index, before memory for it is taken. `verify` makes the same checks without
+keeping anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from .blocks import BlockReader, FileRecord
+from .encode import decode, tensor_names
+from .index import Box, Index, Part, TensorRecord, merge
+from .manifest import MANIFEST, TREES, Manifest, manifest_in
+from .pointer import resolve_pointer
+from .storage import Storage, storage_of
+from .strict_json import TREE_LIMIT_BYTES, read_json, take
+from .tensors import PREFIX_BYTES, Entry, bytes_of, empty_host_tensor, header_length, parse_header, stored_form
+
+_TREES = ("extra", "optimizer", "state")
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Loaded:
+    """Open the checkpoint at `path` (also a pointer, or without its `.ckpt`).
+
+    Weights go to `device`; the rest stays in host memory, where random generators and optimizers want it. Raises
+    CheckpointError, here or when a part is first read, for whatever is missing, extra, cut, altered or of another
+    version.
+    """
+    storage, folder = storage_of(resolve_pointer(path))
+    manifest = manifest_in(storage, folder)
+    problems = _listing_problems(storage, folder, manifest)
+    if problems:
+        raise CheckpointError(f"{folder}: {problems[0]}. Use another checkpoint.")
+    return Loaded(storage, folder, manifest, torch.device(device))
+
+
+def verify(path: str | os.PathLike[str], deep: bool = True) -> list[str]:
+    """What is wrong with the checkpoint at `path`, each with the file's name; empty if it is whole.
+
+    With `deep` every byte is read and compared with its checksum; without, only lists, sizes, headers and trees are.
+    """
+    storage, folder = storage_of(resolve_pointer(path))
+    try:
+        manifest = manifest_in(storage, folder)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = _listing_problems(storage, folder, manifest)
+    if not problems:
+        loaded = Loaded(storage, folder, manifest, torch.device("cpu"))
+        checks = [loaded.check_structure, *(loaded.checks_of_bytes() if deep else ())]
+        for check in checks:
+            problems += _problem(check)
+    return problems
+
+
+class Loaded:
+    """An open checkpoint; `model`, `optimizer` and `state` are read once, when first asked for.
+
+    `optimizer` and `state` are None in a checkpoint of weights alone; `meta` and `manifest` are read already.
+    """
+
+    def __init__(self, storage: Storage, folder: str, manifest: Manifest, device: torch.device) -> None:
+        self.path = folder
+        self.manifest = manifest
+        self.meta = manifest.meta
+        self._storage = storage
+        self._device = device
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """The model's state dict; tied weights are one tensor under several names."""
+        where = self._where(TREES)
+        extra: dict[str, Any] = decode(take(self._trees, "extra", dict, where), self._read("extra"), f"{where}: model")
+        return self._read("model", device=self._device) | extra
+
+    @cached_property
+    def optimizer(self) -> Any:
+        """The tree that was saved as `optimizer`."""
+        return self._tree("optimizer")
+
+    @cached_property
+    def state(self) -> Any:
+        """The tree that was saved as `state`."""
+        return self._tree("state")
+
+    def state_item(self, key: str) -> Any:
+        """`state[key]`, or None, reading no other tensors of the state."""
+        tree = self._trees.get("state")
+        tree = tree.get(key) if type(tree) is dict else None
+        return decode(tree, self._read("state", set(tensor_names(tree))), f"{self._where(TREES)}: {key}")
+
+    def check_structure(self) -> None:
+        """Everything but the bytes of tensors: index, headers, trees."""
+        for part in _TREES:
+            records = self._part(part).tensors
+            missing = set(tensor_names(self._trees.get(part))) - {*records, *self._part(part).aliases}
+            if missing:
+                raise CheckpointError(
+                    f"{self._where(TREES)} refers to the tensor {min(missing)!r:.200}, which is nowhere."
+                )
+        with self._files() as files:
+            named = {place for part in self._index.values() for place in _places(part, part.tensors, files)}
+            for file in {file for file, _ in named} | {name for name in self.manifest.files if _is_tensors(name)}:
+                unnamed = set(files.entries(file)) - {key for other, key in named if other == file}
+                if unnamed:
+                    raise CheckpointError(f"{self._where(file)} holds {min(unnamed)!r:.200}, which no index names.")
+
+    def checks_of_bytes(self) -> Iterator[Callable[[], None]]:
+        """A check for each file, which reads it and raises CheckpointError if it was altered."""
+        for name, record in self.manifest.files.items():
+            yield functools.partial(self._check_bytes, name, record)
+
+    def _check_bytes(self, name: str, record: FileRecord) -> None:
+        with BlockReader(self._storage, self._where(name), record) as reader:
+            reader.verify()
+
+    def _where(self, file: str) -> str:
+        return self._storage.join(self.path, file)
+
+    def _json(self, name: str) -> Any:
+        with BlockReader(self._storage, self._where(name), self.manifest.files[name]) as reader:
+            if reader.size > TREE_LIMIT_BYTES:
+                raise CheckpointError(f"{reader.path} has {reader.size} bytes, more than any save writes.")
+            return read_json(bytes(reader.read(0, reader.size)), reader.path)
+
+    @cached_property
+    def _index(self) -> Index:
+        return merge([(self._where(name), self._json(name)) for name in self.manifest.indexes])
+
+    @cached_property
+    def _trees(self) -> dict[str, Any]:
+        trees = self._json(TREES)
+        if type(trees) is not dict:
+            raise CheckpointError(f"{self._where(TREES)} holds no JSON object.")
+        return trees
+
+    def _part(self, part: str) -> Part:
+        return self._index.get(part, Part())
+
+    def _tree(self, part: str) -> Any:
+        return decode(self._trees.get(part), self._read(part), f"{self._where(TREES)}: {part}")
+
+    def _files(self) -> contextlib.closing[_Files]:
+        return contextlib.closing(_Files(self._storage, self.path, self.manifest))
+
+    def _read(
+        self, name: str, only: set[str] | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """The tensors of a part, or only some of them."""
+        part = self._part(name)
+        wanted = {k: v for k, v in part.tensors.items() if only is None or k in only or _has_alias(part, k, only)}
+        with self._files() as files:
+            tensors = {name: tensor.to(device) for name, tensor in files.read(wanted).items()}
+        return tensors | {alias: tensors[other] for alias, other in part.aliases.items() if other in tensors}
+
+
+class _Files:
+    """The open safetensors files of a checkpoint, with their headers."""
+
+    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._manifest = manifest
+        self._open: dict[str, tuple[BlockReader, dict[str, Entry]]] = {}
+
+    def entries(self, file: str) -> dict[str, Entry]:
+        """The header of a file."""
+        return self._opened(file)[1]
+
+    def place(self, tensor: TensorRecord, name: str, box: Box) -> Entry:
+        """Where a box lies in its file, after a proof that header and index agree."""
+        entry = self.entries(box.file).get(box.key)
+        if entry is None or (entry.dtype, entry.shape) != stored_form(tensor.dtype, box.shape):
+            raise CheckpointError(
+                f"{self._storage.join(self._folder, box.file)} does not hold {name!r:.200} as the index says: "
+                f"{tensor.dtype} of shape {list(box.shape)}."
+            )
+        return entry
+
+    def read(self, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+        """The tensors of these records, read in the order in which they lie in the files."""
+        places = [
+            (box.file, self.place(tensor, name, box), name, box)
+            for name, tensor in records.items()
+            for box in tensor.boxes
+        ]
+        places.sort(key=lambda place: (place[0], place[1].start))
+        tensors: dict[str, Tensor] = {}
+        for file, entry, name, box in places:
+            record = records[name]
+            piece, stored = empty_host_tensor(record.dtype, box.shape)
+            self._opened(file)[0].read_into(bytes_of(stored), entry.start)
+            if box.shape == record.shape:
+                tensors[name] = piece
+                continue
+            if name not in tensors:
+                tensors[name] = torch.empty(record.shape, dtype=record.dtype)
+            tensors[name][tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))] = piece
+        return {name: tensors[name] for name in records}
+
+    def close(self) -> None:
+        """Close them all."""
+        for reader, _ in self._open.values():
+            reader.close()
+
+    def _opened(self, file: str) -> tuple[BlockReader, dict[str, Entry]]:
+        if file not in self._open:
+            if file not in self._manifest.files or not _is_tensors(file):
+                raise CheckpointError(
+                    f"{self._folder}: the index names {file!r:.200}, which is no tensor file of the manifest."
+                )
+            reader = BlockReader(self._storage, self._storage.join(self._folder, file), self._manifest.files[file])
+            self._open[file] = reader, {}  # close() must see it even if its header is refused
+            self._open[file] = reader, read_header(reader)
+        return self._open[file]
+
+
+def read_header(reader: BlockReader) -> dict[str, Entry]:
+    """The header of an open safetensors file."""
+    length = header_length(bytes(reader.read(0, PREFIX_BYTES)), reader.size, reader.path)
+    return parse_header(bytes(reader.read(PREFIX_BYTES, PREFIX_BYTES + length)), reader.size, reader.path)
+
+
+def read_safetensors(storage: Storage, path: str) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors` file of any origin; its header is checked, checksums it has none."""
+    tensors = {}
+    with BlockReader(storage, path) as reader:
+        for name, entry in read_header(reader).items():
+            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            reader.read_into(bytes_of(tensors[name]), entry.start)
+    return tensors
+
+
+def _problem(check: Callable[[], None]) -> list[str]:
+    try:
+        check()
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _listing_problems(storage: Storage, folder: str, manifest: Manifest) -> list[str]:
+    """How the folder differs from its manifest; hidden files, which systems leave anywhere, do not count."""
+    try:
+        found = storage.list(folder)
+    except OSError as error:
+        return [f"the folder cannot be listed: {error.strerror or error}"]
+    problems = []
+    for name, record in manifest.files.items():
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name] is None:
+            problems.append(f"{name} is no plain file")
+        elif found[name] != record.size:
+            problems.append(f"{name} has {found[name]} bytes, the manifest says {record.size}: it was cut or altered")
+    extra = found.keys() - manifest.files.keys() - {MANIFEST}
+    return problems + [f"{name} is not in the manifest" for name in sorted(extra) if not name.startswith(".")]
+
+
+def _places(part: Part, records: Mapping[str, TensorRecord], files: _Files) -> Iterable[tuple[str, str]]:
+    """The file and key of every box, after comparing them with the headers."""
+    for name, tensor in records.items():
+        for box in tensor.boxes:
+            files.place(tensor, name, box)
+            yield box.file, box.key
+
+
+def _has_alias(part: Part, name: str, only: set[str]) -> bool:
+    return any(other == name and alias in only for alias, other in part.aliases.items())
+
+
+def _is_tensors(file: str) -> bool:
+    return file.endswith(".safetensors")

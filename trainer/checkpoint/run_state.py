@@ -1,0 +1,138 @@
+"""The state of a run as one dict, and back: what a checkpoint holds beside its files.
+
+`collect` makes the dict on every rank, with Lightning's keys and ours under "paceline", and lets the hooks edit it;
+`restore_weights` and `restore_progress` take it back, before and after the optimizers exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ... import __version__
+from ...errors import CheckpointError
+from ..rng import random_state, restore_random_state
+from ..state import Progress
+from .load import load
+from .optimizer import load_optimizer_state_by_name, optimizer_state_by_name
+from .save import save
+
+if TYPE_CHECKING:
+    from ..trainer import Trainer
+
+
+def save_checkpoint(trainer: Trainer, path: str | os.PathLike[str], weights_only: bool = False) -> str:
+    """Write a checkpoint on rank 0 and return, on every rank, the path it got; CheckpointError on every rank."""
+    checkpoint = collect(trainer, weights_only)
+    outcome: str | CheckpointError = ""
+    if trainer.is_global_zero:
+        try:
+            outcome = save(
+                path,
+                model=checkpoint.pop("state_dict"),
+                optimizer=checkpoint.pop("optimizer_states", None),
+                state=checkpoint,
+                meta={"global_step": trainer.global_step, "epoch": trainer.current_epoch},
+            )
+        except CheckpointError as error:
+            outcome = error
+    outcome = trainer.strategy.broadcast_object(outcome)
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    return outcome
+
+
+def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
+    """The run's state, with the edits of every `on_save_checkpoint`; a collective."""
+    module, strategy = trainer.lightning_module, trainer.strategy
+    checkpoint: dict[str, Any] = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "paceline_version": __version__,
+        "state_dict": module.state_dict(),
+        "hyper_parameters": module._hparams_to_store(),
+        "hparams_name": module._hparams_name,
+        "hparams_init_names": list(module._hparams_init_names),
+    }
+    if not weights_only:
+        names = dict(module.named_parameters())
+        checkpoint["optimizer_states"] = [optimizer_state_by_name(o, names) for o in trainer.optimizers]
+        checkpoint["lr_schedulers"] = [
+            config.scheduler.state_dict() if hasattr(config.scheduler, "state_dict") else None
+            for config in trainer.lr_scheduler_configs
+        ]
+        checkpoint["loops"] = dataclasses.asdict(trainer.progress)
+        checkpoint["callbacks"] = {
+            callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())
+        }
+        checkpoint["paceline"] = {
+            "seed": trainer.seed,
+            "world_size": strategy.world_size,
+            "random_states": strategy.all_gather_object(random_state()),
+            "scaler": strategy.scaler.state_dict() if strategy.scaler is not None else None,
+        }
+        if trainer.datamodule is not None:
+            checkpoint["datamodule_hyper_parameters"] = trainer.datamodule._hparams_to_store()
+            if state := trainer.datamodule.state_dict():
+                checkpoint[type(trainer.datamodule).__qualname__] = state
+        for callback in trainer.callbacks:
+            callback.on_save_checkpoint(trainer, module, checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dict of the checkpoint at `path`; CheckpointError."""
+    loaded = load(path)
+    if not isinstance(loaded.state, Mapping):
+        raise CheckpointError(f"{path} holds no state of a run. Use load_from_checkpoint to read its weights.")
+    checkpoint = {"state_dict": loaded.model, **loaded.state}
+    if loaded.optimizer is not None:
+        checkpoint["optimizer_states"] = loaded.optimizer
+    return checkpoint
+
+
+def restore_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Weights, and the states of the data module and the callbacks; before the optimizers exist."""
+    module = trainer.lightning_module
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    datamodule = trainer.datamodule
+    if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    for callback in trainer.callbacks:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+    if trainer.state.fn == "fit":
+        states = checkpoint.get("callbacks", {})
+        for callback in trainer.callbacks:
+            if callback.state_key in states:
+                callback.load_state_dict(states[callback.state_key])
+
+
+def restore_progress(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:
+    """Optimizers, schedulers, scaler and counters; after `configure_optimizers`."""
+    if "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"{path} holds weights only, so no run can go on from it. Use load_from_checkpoint and start a new one, "
+            "or a checkpoint that was saved without weights_only."
+        )
+    names = dict(trainer.lightning_module.named_parameters())
+    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+        load_optimizer_state_by_name(optimizer, state, names)
+    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+        if state is not None:
+            config.scheduler.load_state_dict(state)
+    if trainer.strategy.scaler is not None and checkpoint["paceline"]["scaler"] is not None:
+        trainer.strategy.scaler.load_state_dict(checkpoint["paceline"]["scaler"])
+    trainer.progress = Progress(**checkpoint["loops"])
+
+
+def restore_randomness(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
+    """This rank's random streams, right before training goes on; False where the number of ranks is another."""
+    states = checkpoint["paceline"]["random_states"]
+    if len(states) != trainer.world_size:
+        return False
+    restore_random_state(states[trainer.global_rank])
+    return True

@@ -1,0 +1,275 @@
+"""Disks and object stores behind one small set of operations on paths and URLs.
+
+`storage_of(path)` gives the storage of a path: `Disk` for plain paths, `ObjectStore` (fsspec) for URLs such as
+`s3://bucket/runs`. Both write new files, list folders and replace small files atomically. They differ in one thing
+that `save.py` must know: a disk renames a finished folder into its place, an object store has only single atomic
+PUTs.
+
+Every change passes through `changing`, once for each file, each piece of a file, each sync and each rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, Any, Protocol
+
+_SYNC_EVERY_BYTES = 64 * 2**20
+
+
+def changing(kind: str, path: str) -> None:
+    """Called before every change to a storage, with what it is ("write", "sync" ...); tests fail or kill here."""
+
+
+class Storage(Protocol):
+    """What checkpoints need of a place for files; paths are absolute or URLs, names are single parts of them."""
+
+    def join(self, folder: str, name: str) -> str:
+        """The path of `name` in `folder`."""
+
+    def split(self, path: str) -> tuple[str, str]:
+        """The folder of `path` and its name there."""
+
+    def exists(self, path: str) -> bool:
+        """Whether anything has this path."""
+
+    def is_file(self, path: str) -> bool:
+        """Whether `path` is a file, seen through links."""
+
+    def list(self, folder: str) -> dict[str, int | None]:
+        """The names in `folder` with their sizes in bytes; None for folders and whatever is no plain file.
+
+        Raises FileNotFoundError if there is no such folder.
+        """
+
+    def open(self, path: str) -> IO[bytes]:
+        """Open a file for reading with seek and readinto."""
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder and those above it; one that exists is no error."""
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write a small new file; FileExistsError if there is one, where the storage can tell."""
+
+    def write(self, path: str, pieces: Iterable[memoryview]) -> None:
+        """Write a new file; on return it is durable."""
+
+    def replace(self, path: str, data: bytes, temporary: str) -> None:
+        """Write a small file whole or not at all, over the one that is there."""
+
+    def remove(self, path: str) -> None:
+        """Remove one file, or one empty folder."""
+
+    def sync(self, folder: str) -> None:
+        """Make the names in `folder` durable."""
+
+
+def storage_of(path: str | os.PathLike[str]) -> tuple[Storage, str]:
+    """The storage of `path`, and the path in the form that its operations take."""
+    text = os.fspath(path)
+    scheme, separator, rest = text.partition("://")
+    if scheme in ("file", "local") and separator:
+        text, separator = rest, ""
+    if not separator:
+        return Disk(), os.path.abspath(text)
+    return ObjectStore(text), text.rstrip("/")
+
+
+class Disk:
+    """Local and mounted file systems."""
+
+    def join(self, folder: str, name: str) -> str:
+        """See Storage."""
+        return os.path.join(folder, name)
+
+    def split(self, path: str) -> tuple[str, str]:
+        """See Storage."""
+        return os.path.split(path)
+
+    def exists(self, path: str) -> bool:
+        """See Storage; a dangling link exists too."""
+        return os.path.lexists(path)
+
+    def is_file(self, path: str) -> bool:
+        """See Storage."""
+        return os.path.isfile(path)
+
+    def list(self, folder: str) -> dict[str, int | None]:
+        """See Storage; links count as no plain files, since they may lead out of the folder."""
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        return {name: status.st_size if stat.S_ISREG(status.st_mode) else None for name, status in found}
+
+    def open(self, path: str) -> IO[bytes]:
+        """See Storage."""
+        return open(path, "rb", buffering=0)
+
+    def make_folder(self, path: str) -> None:
+        """See Storage; the names of new folders are durable."""
+        if os.path.isdir(path):
+            return
+        parent = os.path.dirname(path)
+        self.make_folder(parent)
+        changing("make", path)
+        os.makedirs(path, exist_ok=True)  # another process may make it at this moment
+        self.sync(parent)
+
+    def make_new_folder(self, path: str) -> None:
+        """A folder that nobody had before; FileExistsError otherwise."""
+        changing("make", path)
+        os.mkdir(path)
+
+    def create(self, path: str, data: bytes) -> None:
+        """See Storage."""
+        self.write(path, [memoryview(data)])
+
+    def write(self, path: str, pieces: Iterable[memoryview]) -> None:
+        """See Storage. The disk starts to write while later pieces are still being made."""
+        changing("create", path)
+        with open(path, "xb") as file, _early_sync(file.fileno()) as written:
+            for piece in pieces:
+                changing("write", path)
+                file.write(piece)
+                written(len(piece))
+            file.flush()
+            changing("sync", path)
+            os.fsync(file.fileno())
+
+    def replace(self, path: str, data: bytes, temporary: str) -> None:
+        """See Storage."""
+        try:
+            self.write(temporary, [memoryview(data)])
+            changing("rename", path)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self.sync(os.path.dirname(path))
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a folder; OSError if `new` is a file or a folder that is not empty."""
+        changing("rename", new)
+        os.rename(old, new)
+
+    def remove(self, path: str) -> None:
+        """See Storage."""
+        changing("remove", path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+
+    def sync(self, folder: str) -> None:
+        """See Storage."""
+        changing("sync", folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class ObjectStore:
+    """Whatever fsspec reaches by a URL; folders are only prefixes of names there, and cannot be renamed."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self._fs: Any = fsspec.core.url_to_fs(url)[0]
+
+    def join(self, folder: str, name: str) -> str:
+        """See Storage."""
+        return f"{folder}/{name}"
+
+    def split(self, path: str) -> tuple[str, str]:
+        """See Storage."""
+        folder, _, name = path.rpartition("/")
+        return folder, name
+
+    def exists(self, path: str) -> bool:
+        """See Storage."""
+        self._fs.invalidate_cache()  # stores keep listings that other processes have made stale
+        return bool(self._fs.exists(path))
+
+    def is_file(self, path: str) -> bool:
+        """See Storage."""
+        self._fs.invalidate_cache()
+        return bool(self._fs.isfile(path))
+
+    def list(self, folder: str) -> dict[str, int | None]:
+        """See Storage."""
+        self._fs.invalidate_cache()
+        found = self._fs.ls(folder, detail=True)
+        return {
+            entry["name"].rstrip("/").rpartition("/")[2]: int(entry["size"]) if entry["type"] == "file" else None
+            for entry in found
+        }
+
+    def open(self, path: str) -> IO[bytes]:
+        """See Storage; reads are large and in order, so that nothing is read ahead."""
+        file: IO[bytes] = self._fs.open(path, "rb", cache_type="none")
+        return file
+
+    def make_folder(self, path: str) -> None:
+        """See Storage: nothing to do."""
+
+    def create(self, path: str, data: bytes) -> None:
+        """See Storage; one PUT."""
+        changing("put", path)
+        self._fs.pipe_file(path, data, mode="create")
+
+    def write(self, path: str, pieces: Iterable[memoryview]) -> None:
+        """See Storage. A file cut off by an error may stay; nothing names it."""
+        changing("create", path)
+        with self._fs.open(path, "wb") as file:
+            for piece in pieces:
+                changing("write", path)
+                file.write(piece)
+
+    def replace(self, path: str, data: bytes, temporary: str) -> None:
+        """See Storage; one PUT."""
+        changing("put", path)
+        self._fs.pipe_file(path, data)
+
+    def remove(self, path: str) -> None:
+        """See Storage; a folder ends with its last file."""
+        changing("remove", path)
+        if self._fs.isfile(path):
+            self._fs.rm_file(path)
+
+    def sync(self, folder: str) -> None:
+        """See Storage: a PUT that returned is durable."""
+
+
+def remove_folder(storage: Storage, folder: str, first: str = "") -> None:
+    """Remove a folder of files, the file named `first` before all others; one that holds folders stays: OSError."""
+    names = storage.list(folder)
+    for name in sorted(names, key=lambda name: name != first):
+        if names[name] is not None:
+            storage.remove(storage.join(folder, name))
+    storage.remove(folder)
+
+
+@contextlib.contextmanager
+def _early_sync(descriptor: int) -> Iterator[Any]:
+    """Has the disk write what is there every so many bytes; else all of it would wait for the last fsync."""
+    sync = getattr(os, "fdatasync", os.fsync)
+    pending: Future[None] | None = None
+    unsynced = 0
+
+    def written(count: int) -> None:
+        nonlocal pending, unsynced
+        unsynced += count
+        if unsynced >= _SYNC_EVERY_BYTES and (pending is None or pending.done()):
+            if pending is not None:
+                pending.result()  # an error of the disk must not be lost: the last fsync may not repeat it
+            pending, unsynced = pool.submit(sync, descriptor), 0
+
+    with ThreadPoolExecutor(1, "checkpoint-sync") as pool:  # its thread starts with the first large file only
+        yield written
+        if pending is not None:
+            pending.result()

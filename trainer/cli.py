@@ -1,0 +1,122 @@
+"""The command `paceline`: one sub-command a line of `COMMANDS`.
+
+    paceline launch --devices 2 train.py --lr 0.1
+
+A sub-command is a name, a line of help, a function that declares its arguments and a function that runs it. Heavy
+imports belong into the latter: `paceline --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .. import __version__
+from ..errors import ConfigurationError, PacelineError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command; `run` gets the parsed arguments and returns the exit code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    _check_command(parser, words)
+    arguments = parser.parse_args(words)
+    try:
+        code: int = arguments.run(arguments)
+    except PacelineError as error:
+        print(f"paceline {arguments.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+    return code
+
+
+# --- paceline launch --------------------------------------------------------------------------------------------------
+def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", type=_positive, metavar="N", help="ranks on this node (default: one a GPU, or 1)")
+    parser.add_argument("--num-nodes", type=_positive, default=1, metavar="N", help="nodes of the job (default: 1)")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="which node this is: 0 to N - 1")
+    parser.add_argument("--master-addr", metavar="ADDR", help="address of node 0 that the other nodes can reach")
+    parser.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="free port on node 0")
+    parser.add_argument("-m", "--module", action="store_true", help="the program is a module, as in `python -m`")
+    parser.add_argument("program", help="script, or module with -m")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    if not arguments.module and not os.path.exists(arguments.program):
+        raise ConfigurationError(f"there is no file {arguments.program!r} here ({os.getcwd()}). For a module use -m.")
+    if not 0 <= arguments.node_rank < arguments.num_nodes:
+        raise ConfigurationError(f"--node-rank {arguments.node_rank} is not one of 0 to {arguments.num_nodes - 1}.")
+    if arguments.num_nodes > 1 and arguments.master_addr is None:
+        raise ConfigurationError("--num-nodes above 1 needs --master-addr, the address of node 0.")
+    from .agent import run_ranks
+
+    program = ["-m", arguments.program] if arguments.module else [arguments.program]
+    command = [sys.executable, *program, *arguments.args]
+    devices = arguments.devices or _device_count()
+    if arguments.num_nodes == 1:
+        return run_ranks(command, devices=devices)
+    return run_ranks(
+        command,
+        devices=devices,
+        num_nodes=arguments.num_nodes,
+        node_rank=arguments.node_rank,
+        master_addr=arguments.master_addr,
+        master_port=arguments.master_port,
+    )
+
+
+def _device_count() -> int:
+    import torch
+
+    return max(1, torch.accelerator.device_count())
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+# --- the parser -------------------------------------------------------------------------------------------------------
+COMMANDS = (Command("launch", "run a script on several devices or nodes", _add_launch_arguments, _launch),)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="paceline", description="Train PyTorch models; `paceline COMMAND --help` tells more."
+    )
+    parser.add_argument("--version", action="version", version=f"paceline {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def _check_command(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """End with code 2 and the nearest command's name when the first word is no command."""
+    names = [command.name for command in COMMANDS]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        nearest = difflib.get_close_matches(words[0], names, n=1)
+        suggestion = f"Did you mean {nearest[0]!r}?" if nearest else f"There are: {', '.join(names)}."
+        parser.error(f"there is no command {words[0]!r}. {suggestion}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,505 @@
+"""Training data: from the user's loaders to windows of micro-batches, each with its share of the window's weight.
+
+A map-style DataLoader is taken over (`PlannedData`): its copy draws the indices of this rank from the epoch's plan,
+so order, seeking and weights are known without reading anything. Any other iterable is read as it comes
+(`StreamedData`): its windows are filled first and weighed then. `evaluation_data.py` is the other half.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from ..errors import ConfigurationError
+from .combined import CombinedLoader
+from .plan import DealtPlan, EpochPlan, Order, derive_micro_batches, mix_seed, permutation, sequential
+from .rank_zero import rank_zero_info
+from .rng import isolated
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+
+_WORKERS_STREAM = 0x776F726B  # "work"
+
+#: Host batches in, device batches out, perhaps some ahead.
+ToDevice = Callable[[Iterator[Any]], Iterator[Any]]
+
+
+@dataclass(slots=True)
+class Window:
+    """The micro-batches of one optimizer step on this rank.
+
+    `batches` yields at least `len(scales)` batches; `scales` are the factors of their mean losses (a number, or a 0-d
+    device tensor), `weights` how much each counts (None: found from the batch when asked for). `samples` over all ranks.
+    """
+
+    batches: Iterator[Any]
+    scales: Sequence[float | Tensor]
+    weights: Sequence[float | None]
+    samples: int
+
+
+@dataclass
+class DataSettings:
+    """What the cut of the data depends on. `accumulate` may be changed between epochs."""
+
+    seed: int
+    accumulate: int = 1
+    global_batch_size: int | None = None
+    limit: int | float | None = None
+    loss_weight: Callable[[Any], float | Tensor] | None = None
+    take_over: bool = True
+    overfit: int | float = 0
+
+
+class PlannedData:
+    """A map-style DataLoader, taken over: windows by the plan of `plan.py`."""
+
+    def __init__(self, loader: DataLoader[Any], strategy: Strategy, settings: DataSettings, stream: int = 0) -> None:
+        self.user_loader = loader
+        self._strategy = strategy
+        self._settings = settings
+        self._seed = mix_seed(_seed_of(loader, settings.seed), stream) if stream else _seed_of(loader, settings.seed)
+        self._indices = IndexBatches()
+        self.loader = taken_over(loader, self._indices)
+        self._dealt = draws_own_batches(loader)
+        self._plan_key: object = None
+        self._plan: EpochPlan
+        self.to_device: ToDevice | None = None
+
+    @property
+    def num_batches(self) -> int:
+        """Micro-batches of this rank in an epoch."""
+        return self.plan().num_batches
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of this rank in a full window."""
+        return self.plan().micro_batches
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a full micro-batch; None where a batch sampler decides."""
+        return None if self._dealt else self.user_loader.batch_size or 1
+
+    def plan(self) -> EpochPlan:
+        """This rank's plan of an epoch, with the present accumulation."""
+        settings, strategy = self._settings, self._strategy
+        key = (settings.accumulate, settings.global_batch_size)
+        if key == self._plan_key:
+            return self._plan
+        plan = self._make_plan(strategy.data_ranks, strategy.data_rank, None)
+        limit = resolve_limit(settings.limit, plan.num_batches, "limit_train_batches")
+        if limit < plan.num_batches:
+            plan = self._make_plan(strategy.data_ranks, strategy.data_rank, limit)
+        self._plan, self._plan_key = plan, key
+        return plan
+
+    def _make_plan(self, ranks: int, rank: int, limit: int | None) -> EpochPlan:
+        settings, loader = self._settings, self.user_loader
+        if self._dealt:
+            length = _length(self._batch_source(), "its batch sampler")
+            return DealtPlan(length, settings.accumulate, ranks, rank, limit_batches=limit)
+        length, batch_size = _length(loader.sampler, "its sampler"), loader.batch_size or 1
+        global_batch = settings.global_batch_size or batch_size * settings.accumulate * ranks
+        return EpochPlan(length, global_batch, batch_size, ranks, rank, loader.drop_last, limit)
+
+    def _batch_source(self) -> Any:
+        """What draws whole batches (or, without automatic batching, single samples that are batches)."""
+        return self.user_loader.batch_sampler if self.user_loader.batch_sampler is not None else self.user_loader.sampler
+
+    def windows(self, epoch: int, first_batch: int = 0) -> Iterator[Window]:
+        """The windows of `epoch` from micro-batch `first_batch` on, which must begin a window."""
+        plan = self.plan()
+        if self._dealt:
+            return self._dealt_windows(plan, epoch, first_batch)
+        return self._cut_windows(plan, epoch, first_batch)
+
+    def _cut_windows(self, plan: EpochPlan, epoch: int, first_batch: int) -> Iterator[Window]:
+        order = self._order(plan.num_samples, epoch)
+        parts = (plan.part(i) for i in range(first_batch, plan.num_batches))
+        self._indices.lists = (order[part.start : part.stop] for part in parts)
+        self._indices.count = plan.num_batches - first_batch
+        batches = self._read(epoch, first_batch)
+        full: tuple[list[float], list[float]] | None = None
+        for number in range(plan.locate(first_batch)[0], plan.num_windows):
+            samples = plan.window_weight(number)
+            if full is not None and samples == plan.global_batch:
+                scales, weights = full
+            else:
+                weights = [float(part.weight) for part in plan.window(number)]
+                scales = [w * plan.ranks / samples for w in weights]
+                if samples == plan.global_batch:
+                    full = scales, weights
+            yield self._window(batches, scales, weights, samples)
+
+    def _dealt_windows(self, plan: EpochPlan, epoch: int, first_batch: int) -> Iterator[Window]:
+        drawn = draw(self._batch_source(), self._seed, epoch, plan.num_samples)
+        sizes = [len(batch) if isinstance(batch, (list, tuple)) else 1 for batch in drawn]
+        parts = [plan.part(i) for i in range(first_batch, plan.num_batches)]
+        self._indices.lists = (drawn[part.start] for part in parts)
+        self._indices.count = len(parts)
+        batches = self._read(epoch, first_batch)
+        for number in range(plan.locate(first_batch)[0], plan.num_windows):
+            weights = [float(sizes[part.start] * part.weight) for part in plan.window(number)]
+            samples = sum(sizes[position] for position in plan.window_span(number))
+            yield self._window(batches, [w * plan.ranks / samples for w in weights], weights, samples)
+
+    def _window(self, batches: Iterator[Any], scales: list[float], weights: list[float], samples: int) -> Window:
+        weigh = self._settings.loss_weight
+        if weigh is None:
+            return Window(batches, scales, weights, samples)
+        held = list(islice(batches, len(scales)))
+        numbers = [float(weigh(batch)) if w else 0.0 for batch, w in zip(held, weights, strict=True)]
+        return Window(_moved(held, self.to_device), shares(numbers, self._strategy), numbers, samples)
+
+    def _order(self, length: int, epoch: int) -> Order:
+        sampler = self.user_loader.sampler
+        if self._settings.overfit or isinstance(sampler, SequentialSampler):
+            return sequential(length)
+        if is_plain_shuffle(sampler):
+            return permutation(length, self._seed, epoch)
+        return _DrawnOrder(draw(sampler, self._seed, epoch, length))
+
+    def _read(self, epoch: int, first_batch: int) -> Iterator[Any]:
+        generator = self.loader.generator
+        assert generator is not None
+        generator.manual_seed(mix_seed(self._seed, _WORKERS_STREAM, epoch, first_batch))
+        batches = iter(self.loader)
+        # A weight is found from the host batch, so the batches of a window are moved when it is weighed.
+        return batches if self.to_device is None or self._settings.loss_weight is not None else self.to_device(batches)
+
+
+class StreamedData:
+    """Any iterable of batches: each rank reads its own, and windows are weighed when they are full.
+
+    With several ranks every window begins with one small message; a rank that ran dry repeats its last batch with
+    weight zero until all are dry.
+    """
+
+    def __init__(self, loader: Any, strategy: Strategy, settings: DataSettings, deal: bool = False) -> None:
+        self.user_loader = self.loader = loader
+        self._strategy = strategy
+        self._settings = settings
+        self._deal = deal
+        self._last: Any = None
+        self.to_device: ToDevice | None = None
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of this rank in a full window."""
+        return self._settings.accumulate
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a full micro-batch, where the loader says so."""
+        return getattr(self.user_loader, "batch_size", None)
+
+    @property
+    def num_batches(self) -> int | float:
+        """Micro-batches of this rank in an epoch; infinity where the iterable has no length."""
+        length = length_of(self.user_loader)
+        if self._deal and length is not None:
+            length = math.ceil(length / self._strategy.data_ranks)
+        return resolve_limit(self._settings.limit, math.inf if length is None else length, "limit_train_batches")
+
+    def windows(self, epoch: int, first_batch: int = 0) -> Iterator[Window]:
+        """The windows of `epoch`; those before `first_batch` are read and thrown away."""
+        for leaf in self.loader.flattened if isinstance(self.loader, CombinedLoader) else [self.loader]:
+            set_epoch(leaf, epoch)
+        batches = iter(self.loader)
+        if isinstance(self.loader, CombinedLoader):
+            batches = (batch for batch, _, _ in batches)
+        if self._deal:
+            batches = islice(batches, self._strategy.data_rank, None, self._strategy.data_ranks)
+        if self.num_batches != math.inf:
+            batches = islice(batches, int(self.num_batches))
+        for _ in islice(batches, first_batch):
+            pass
+        if self._strategy.data_ranks > 1:
+            return self._agreed_windows(batches)
+        if self._settings.accumulate == 1 and self._settings.loss_weight is None:
+            moved = batches if self.to_device is None else self.to_device(batches)
+            return (Window(iter((batch,)), (1.0,), (None,), self._size(batch)) for batch in moved)
+        return self._filled_windows(batches)
+
+    def _filled_windows(self, batches: Iterator[Any]) -> Iterator[Window]:
+        while held := list(islice(batches, self._settings.accumulate)):
+            weights = self._weights(held)
+            samples = sum(map(self._size, held))
+            yield Window(_moved(held, self.to_device), shares(weights, self._strategy), weights, samples)
+
+    def _agreed_windows(self, batches: Iterator[Any]) -> Iterator[Window]:
+        drop_last = bool(getattr(self.user_loader, "drop_last", False))
+        while True:
+            held = list(islice(batches, self._settings.accumulate))
+            weights = self._weights(held)
+            facts = [float(len(held)), sum(weights), float(sum(map(self._size, held)))]
+            rows = self._strategy.channel("data").gather(torch.tensor(facts, dtype=torch.float64)).wait()
+            count = int((rows[:, 0].min() if drop_last else rows[:, 0].max()).item())
+            if count == 0:
+                return
+            if held:
+                self._last = held[-1]
+            elif self._last is None:
+                raise ConfigurationError(
+                    f"The training loader of rank {self._strategy.rank} is empty, others' are not. Give every rank "
+                    "at least one batch: fewer ranks, or more shards."
+                )
+            missing = count - len(held)
+            held, weights = held[:count] + [self._last] * missing, weights[:count] + [0.0] * missing
+            total = float(rows[:, 1].sum())
+            scales = [w * self._strategy.data_ranks / total if total else 0.0 for w in weights]
+            yield Window(_moved(held, self.to_device), scales, weights, int(rows[:, 2].sum()))
+
+    def _weights(self, batches: list[Any]) -> list[float]:
+        weigh = self._settings.loss_weight or self._size
+        return [float(weigh(batch)) for batch in batches]
+
+    def _size(self, batch: Any) -> int:
+        return batch_size_of(batch) or 1
+
+
+def _moved(batches: list[Any], to_device: ToDevice | None) -> Iterator[Any]:
+    return iter(batches) if to_device is None else to_device(iter(batches))
+
+
+def shares(weights: Sequence[float], strategy: Strategy) -> Sequence[float | Tensor]:
+    """Factors that make the sum over micro-batches and the average over ranks the weighted mean of the window.
+
+    weight / (sum of all ranks' weights) * ranks; with several ranks one reduction on the device, and no host sync.
+    """
+    total = sum(weights)
+    if strategy.data_ranks == 1:
+        return [w / total if total else 0.0 for w in weights]
+    sums = torch.full((), total, dtype=torch.float64 if strategy.device.type == "cpu" else torch.float32)
+    over_ranks = strategy.all_reduce(sums.to(strategy.device, non_blocking=True))
+    inverse = strategy.data_ranks / over_ranks.clamp(min=torch.finfo(torch.float32).tiny)
+    return [inverse * w for w in weights]
+
+
+# --- taking a DataLoader over ----------------------------------------------------------------------------------
+
+
+class IndexBatches:
+    """The batch sampler of a loader that was taken over: yields the lists of indices that were put into it."""
+
+    def __init__(self) -> None:
+        self.lists: Iterable[Any] = ()
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.lists)
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class _DrawnOrder(Order):
+    """An order that a user's sampler drew."""
+
+    def __init__(self, indices: list[Any]) -> None:
+        super().__init__(len(indices))
+        self._indices = indices
+
+    def _read(self, start: int, stop: int) -> list[Any]:
+        return self._indices[start:stop]
+
+
+def can_be_taken_over(loader: Any) -> bool:
+    """True for a map-style DataLoader whose sampler does not shard by rank itself."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return not (isinstance(sampler, DistributedSampler) or isinstance(loader.sampler, DistributedSampler))
+
+
+def taken_over(loader: DataLoader[Any], indices: IndexBatches) -> DataLoader[Any]:
+    """A copy of `loader`, whatever its class, that reads what `indices` says and draws from no global stream."""
+    twin = copy.copy(loader)
+    automatic = loader.batch_sampler is not None
+    twin.__dict__["batch_sampler" if automatic else "sampler"] = indices
+    twin.__dict__["generator"] = torch.Generator()
+    twin.__dict__["_iterator"] = None
+    return twin
+
+
+def draws_own_batches(loader: DataLoader[Any]) -> bool:
+    """True when a user's batch sampler (or, with batch_size=None, the sampler) decides what a batch is."""
+    return type(loader.batch_sampler) is not BatchSampler
+
+
+def is_plain_shuffle(sampler: Any) -> bool:
+    """True for the sampler that `shuffle=True` makes."""
+    return type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+
+
+def draw(sampler: Iterable[Any], seed: int, epoch: int, length: int) -> list[Any]:
+    """What a user's sampler draws in `epoch`: alike on all ranks, and without touching the global streams."""
+    set_epoch(sampler, epoch)
+    with isolated(mix_seed(seed, epoch)):
+        return list(islice(sampler, length))
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell whatever wants to know it which epoch begins: loader, sampler, batch sampler, data set."""
+    for part in (
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(loader, "batch_sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+        getattr(loader, "dataset", None),
+    ):
+        if callable(getattr(part, "set_epoch", None)):
+            part.set_epoch(epoch)
+
+
+def _seed_of(loader: DataLoader[Any], seed: int) -> int:
+    """The seed of the generator that the user gave the loader, if any: `DataLoader(generator=...)` stays meaningful."""
+    generator = getattr(loader.sampler, "generator", None) or loader.generator
+    return generator.initial_seed() if isinstance(generator, torch.Generator) else seed
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------
+
+
+def length_of(loader: Any) -> int | None:
+    """How many batches `loader` says it has; None where it cannot say."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _length(sized: Any, what: str) -> int:
+    length = length_of(sized)
+    if length is None:
+        raise ConfigurationError(
+            f"The loader has no length: {what} ({type(sized).__name__}) has no __len__. Add one, or pass an iterable "
+            "of batches instead of a DataLoader."
+        )
+    return length
+
+
+def resolve_limit(limit: int | float | None, length: int | float, argument: str) -> Any:
+    """A number of batches: `limit` itself (an int), its fraction of `length` (a float), or all."""
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
+        return length
+    if isinstance(limit, int):
+        return min(limit, length)
+    if length == math.inf:
+        raise ConfigurationError(
+            f"{argument}={limit} is a fraction, but the loader has no length. Use a number of batches, or give the loader __len__."
+        )
+    if limit and 0 < length * limit < 1:
+        raise ConfigurationError(
+            f"{argument}={limit} of {length} batches is less than one. Use at least {1 / length} or a number of batches."
+        )
+    return int(length * limit)
+
+
+def batch_size_of(batch: Any) -> int | None:
+    """The first dimension of the first tensor in `batch`; else the length of its first list; None if neither."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, (str, bytes)):
+        return None
+    if hasattr(batch, "values") and callable(batch.values):
+        items = list(batch.values())
+    elif isinstance(batch, (list, tuple)):
+        items = list(batch)
+    elif hasattr(batch, "__dataclass_fields__"):
+        items = [getattr(batch, name) for name in batch.__dataclass_fields__]
+    else:
+        return None
+    for item in items:
+        if (size := batch_size_of(item)) is not None:
+            return size
+    return len(batch) if isinstance(batch, (list, tuple)) and batch else None
+
+
+def training_data(
+    loaders: Any, strategy: Strategy, settings: DataSettings
+) -> PlannedData | StreamedData:
+    """The training data behind what a user gave: one loader, or a collection of them (see `CombinedLoader`)."""
+    if isinstance(loaders, (dict, list, tuple)) and any(_is_loader(item) for item in _leaves(loaders)):
+        loaders = CombinedLoader(loaders, "max_size_cycle")
+    if isinstance(loaders, CombinedLoader):
+        return _combined_data(loaders, strategy, settings)
+    if not hasattr(loaders, "__iter__") and not hasattr(loaders, "__getitem__"):
+        raise ConfigurationError(
+            f"The training loader is a {type(loaders).__name__}, which cannot be iterated. Pass a DataLoader or any iterable of batches."
+        )
+    if settings.take_over and can_be_taken_over(loaders) and loaders.batch_sampler is not None:
+        if settings.global_batch_size is not None:
+            _, warnings = derive_micro_batches(settings.global_batch_size, loaders.batch_size or 1, strategy.data_ranks)
+            for warning in warnings:
+                rank_zero_info(warning)
+        return PlannedData(loaders, strategy, settings)
+    if settings.take_over and can_be_taken_over(loaders) and settings.global_batch_size is None:
+        inner = DataSettings(settings.seed, overfit=settings.overfit)  # batch_size=None: the data set makes the batches
+        return StreamedData(RankBatches(PlannedData(loaders, strategy, inner)), strategy, settings)
+    if settings.global_batch_size is not None:
+        raise ConfigurationError(
+            "global_batch_size needs a map-style DataLoader, whose samples it can cut. Use accumulate_grad_batches "
+            f"with a {type(loaders).__name__}."
+        )
+    return StreamedData(loaders, strategy, settings, deal=isinstance(loaders, Sequence))
+
+
+def _combined_data(combined: CombinedLoader, strategy: Strategy, settings: DataSettings) -> StreamedData:
+    numbers = iter(range(1, 1 << 30))
+
+    def share(loader: Any) -> Any:
+        if settings.take_over and can_be_taken_over(loader):
+            inner = DataSettings(settings.seed, overfit=settings.overfit)
+            return RankBatches(PlannedData(loader, strategy, inner, stream=next(numbers)))
+        return loader
+
+    return StreamedData(combined.map(share), strategy, settings)
+
+
+class RankBatches:
+    """The micro-batches of one rank of a loader inside a collection, epoch after epoch."""
+
+    def __init__(self, data: PlannedData) -> None:
+        self._data = data
+        self._epoch = 0
+        self._reads = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration reads."""
+        self._epoch, self._reads = epoch, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        again, self._reads = self._reads, self._reads + 1
+        for window in self._data.windows(self._epoch + again * (1 << 32)):
+            for weight, batch in zip(window.weights, window.batches, strict=False):
+                if weight:
+                    yield batch
+
+    def __len__(self) -> int:
+        return self._data.num_batches
+
+
+def _leaves(loaders: Any) -> list[Any]:
+    if isinstance(loaders, dict):
+        return [leaf for item in loaders.values() for leaf in _leaves(item)]
+    if isinstance(loaders, (list, tuple)):
+        return [leaf for item in loaders for leaf in _leaves(item)]
+    return [loaders]
+
+
+def _is_loader(item: Any) -> bool:
+    return isinstance(item, (DataLoader, CombinedLoader)) or (
+        hasattr(item, "__iter__") and not isinstance(item, (Tensor, str, list, tuple, dict))
+    )

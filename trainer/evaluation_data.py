@@ -1,0 +1,118 @@
+"""Evaluation data: the batches of one process, dealt whole, so that every sample is seen exactly once.
+
+Batch i belongs to rank i mod n. A map-style DataLoader reads only its rank's batches; any other iterable is read by
+every rank, which keeps its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..errors import ConfigurationError
+from .combined import CombinedLoader
+from .data import (
+    IndexBatches,
+    batch_size_of,
+    can_be_taken_over,
+    draw,
+    draws_own_batches,
+    is_plain_shuffle,
+    length_of,
+    resolve_limit,
+    taken_over,
+)
+from .plan import evaluation_batches, permutation
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+
+
+class EvaluationBatch(NamedTuple):
+    """A batch of one process: `batch_idx` counts those of all ranks, `weight` are its samples."""
+
+    batch_idx: int
+    batch: Any
+    weight: int
+
+
+class EvaluationData:
+    """One evaluation loader, dealt to the ranks."""
+
+    def __init__(self, loader: Any, strategy: Strategy, seed: int, limit: Any, argument: str, take_over: bool = True) -> None:
+        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+            raise ConfigurationError(
+                f"An evaluation loader is a {type(loader).__name__}, which cannot be iterated. Pass a DataLoader or "
+                "any iterable of batches."
+            )
+        self.user_loader = loader
+        self._strategy = strategy
+        self._seed = seed
+        length = length_of(loader)
+        self.num_batches: int | float = resolve_limit(limit, math.inf if length is None else length, argument)
+        self._indices = IndexBatches()
+        self._loader = taken_over(loader, self._indices) if take_over and can_be_taken_over(loader) else None
+        self._shared = not take_over
+
+    def batches(self, limit: int | float = math.inf) -> Iterator[EvaluationBatch]:
+        """This rank's batches among the first `limit` of all, in order."""
+        rank, ranks = self._strategy.data_rank, self._strategy.data_ranks
+        count = min(self.num_batches, limit)
+        if self._loader is None:
+            batches = (b for b, _, _ in self.user_loader) if isinstance(self.user_loader, CombinedLoader) else self.user_loader
+            wanted = None if count == math.inf else int(count)
+            step = (0, 1) if self._shared else (rank, ranks)
+            for index, batch in islice(enumerate(islice(batches, wanted)), step[0], None, step[1]):
+                yield EvaluationBatch(index, batch, batch_size_of(batch) or 1)
+            return
+        lists = self._index_lists(int(count))
+        mine = evaluation_batches(len(lists), rank, ranks)
+        self._indices.lists = (list(lists[i]) if isinstance(lists[i], range) else lists[i] for i in mine)
+        self._indices.count = len(mine)
+        generator = self._loader.generator
+        assert generator is not None
+        generator.manual_seed(self._seed)
+        for index, batch in zip(mine, self._loader, strict=True):
+            size = len(lists[index]) if isinstance(lists[index], (list, tuple, range)) else batch_size_of(batch) or 1
+            yield EvaluationBatch(index, batch, size)
+
+    def _index_lists(self, count: int) -> list[Any]:
+        """The indices of the first `count` batches, as the user's loader would draw them."""
+        loader = self.user_loader
+        if draws_own_batches(loader):
+            source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+            return draw(source, self._seed, 0, count)
+        samples, size = len(loader.sampler), loader.batch_size
+        if type(loader.sampler) is torch.utils.data.SequentialSampler:
+            return [range(i, min(i + size, samples)) for i in range(0, count * size, size)]
+        order = (
+            permutation(samples, self._seed, 0)
+            if is_plain_shuffle(loader.sampler)
+            else draw(loader.sampler, self._seed, 0, count * size)
+        )
+        return [order[i : i + size] for i in range(0, count * size, size)]
+
+
+def evaluation_data(
+    loaders: Any, strategy: Strategy, seed: int, limit: Any, argument: str, take_over: bool
+) -> list[EvaluationData]:
+    """One `EvaluationData` a loader; a collection's loaders come one after another."""
+    if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
+        flat = [loaders]
+    elif isinstance(loaders, CombinedLoader):
+        flat = loaders.flattened
+    elif isinstance(loaders, dict):
+        flat = CombinedLoader(loaders, "sequential").flattened
+    elif isinstance(loaders, (list, tuple)):
+        flat = list(loaders)
+    else:
+        flat = [loaders]
+    limits = limit if isinstance(limit, (list, tuple)) else [limit] * len(flat)
+    return [
+        EvaluationData(loader, strategy, seed, limit, argument, take_over)
+        for loader, limit in zip(flat, limits, strict=True)
+    ]

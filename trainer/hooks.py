@@ -1,0 +1,176 @@
+"""Hooks, found once per call: which are overridden, in which order they run, and which names are misspelt.
+
+`Hooks` holds a tuple of callables for every hook that callbacks and the module share; an empty tuple costs the loop
+nothing. Each callable notes the hook under way, so that `self.log` knows where it is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError
+from .callback import Callback
+from .module import Module
+
+if TYPE_CHECKING:
+    from .datamodule import DataModule
+    from .metrics import Metrics
+    from .trainer import Trainer
+
+_STAGES = ("validation", "test", "predict")
+#: Hooks that callbacks (with `trainer, pl_module` in front) and the module share, callbacks first.
+SHARED_HOOKS = (
+    "on_fit_start",
+    "on_fit_end",
+    "on_train_start",
+    "on_train_end",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    *(
+        f"on_{stage}_{moment}"
+        for stage in _STAGES
+        for moment in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
+    ),
+)
+_CALLBACK_ONLY = ("on_sanity_check_start", "on_sanity_check_end", "on_log", "on_exception")
+#: Hooks that Lightning had once, and how to write them now.
+REMOVED_HOOKS = {
+    "training_epoch_end": "collect outputs in training_step and use on_train_epoch_end",
+    "validation_epoch_end": "collect outputs in validation_step and use on_validation_epoch_end",
+    "test_epoch_end": "collect outputs in test_step and use on_test_epoch_end",
+    "training_step_end": "do it at the end of training_step",
+    "validation_step_end": "do it at the end of validation_step",
+    "test_step_end": "do it at the end of test_step",
+    "on_epoch_start": "use on_train_epoch_start",
+    "on_epoch_end": "use on_train_epoch_end",
+    "on_batch_start": "use on_train_batch_start",
+    "on_batch_end": "use on_train_batch_end",
+    "on_pretrain_routine_start": "use on_fit_start",
+    "on_pretrain_routine_end": "use on_fit_start",
+    "on_init_start": "use setup",
+    "on_init_end": "use setup",
+    "on_configure_sharded_model": "use configure_model of the module",
+    "configure_sharded_model": "use configure_model",
+    "on_before_accelerator_backend_setup": "use setup",
+    "on_load_checkpoint_start": "use on_load_checkpoint",
+    "on_hpc_save": "use on_save_checkpoint",
+    "on_hpc_load": "use on_load_checkpoint",
+    "on_keyboard_interrupt": "use on_exception",
+    "tbptt_split_batch": "use manual optimization",
+    "get_progress_bar_dict": "use ProgressBar.get_metrics",
+    "on_post_move_to_device": "tie weights in __init__ or configure_model",
+    "optimizer_zero_gradient": "use optimizer_zero_grad",
+    "train_dataloaders": "use train_dataloader",
+}
+
+
+def overridden(obj: Any, name: str, base: type) -> bool:
+    """True when `obj` has a `name` of its own, in its class or set on the object, other than `base`'s."""
+    method = getattr(obj, name, None)
+    if method is None:
+        return False
+    return getattr(method, "__func__", method) is not getattr(base, name, None)
+
+
+class Hooks:
+    """The hooks of one call of the trainer, by name: `for hook in hooks.on_train_batch_start: hook(batch, idx)`."""
+
+    on_sanity_check_start: tuple[Callable[..., Any], ...]
+    on_sanity_check_end: tuple[Callable[..., Any], ...]
+    on_log: tuple[Callable[..., Any], ...]
+    on_exception: tuple[Callable[..., Any], ...]
+
+    def __init__(self, trainer: Trainer, module: Module, callbacks: Sequence[Callback], metrics: Metrics) -> None:
+        self._metrics = metrics
+        for name in (*SHARED_HOOKS, *_CALLBACK_ONLY):
+            found = [self._noting(name, cb, trainer, module) for cb in callbacks if overridden(cb, name, Callback)]
+            if name not in _CALLBACK_ONLY and overridden(module, name, Module):
+                found.append(self._noting(name, module))
+            setattr(self, name, tuple(found))
+        # Checkpoint and early-stopping callbacks act on the epoch's metrics, so they come after everyone who logs.
+        acting = [cb for cb in callbacks if getattr(cb, "acts_on_metrics", False)]
+        logging = [cb for cb in callbacks if cb not in acting]
+        name = "on_train_epoch_end"
+        self.on_train_epoch_end = tuple(
+            self._noting(name, cb, trainer, module) for cb in logging if overridden(cb, name, Callback)
+        ) + ((self._noting(name, module),) if overridden(module, name, Module) else ())
+        self.on_train_epoch_end_acting = tuple(
+            self._noting("", cb, trainer, module, method=name) for cb in acting if overridden(cb, name, Callback)
+        )
+
+    def __getattr__(self, name: str) -> tuple[Callable[..., Any], ...]:
+        raise AttributeError(f"there is no hook {name!r}")
+
+    def _noting(self, name: str, owner: Any, *head: Any, method: str | None = None) -> Callable[..., Any]:
+        function, metrics = getattr(owner, method or name), self._metrics
+        if name.endswith(("_batch_start", "_batch_end")) and name.startswith(("on_validation", "on_test", "on_predict")):
+            function = without_missing(function, len(head) + (4 if name.endswith("_end") else 3), "dataloader_idx")
+
+        def hook(*args: Any) -> Any:
+            metrics.hook = name
+            return function(*head, *args)
+
+        return hook
+
+    def own(self, module: Module, name: str) -> Callable[..., Any] | None:
+        """A hook of the module alone, as `optimizer_step`; None where the user did not override it."""
+        return self._noting(name, module) if overridden(module, name, Module) else None
+
+
+def without_missing(function: Callable[..., Any], most: int, *optional: str) -> Callable[..., Any]:
+    """`function` as callable with `most` positional arguments, leaving out trailing ones that it does not take.
+
+    `batch_idx` and `dataloader_idx` may be left out of a signature; `optional` are their names, in order.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return function
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if len(positional) >= most:
+        return function
+    taken = len(positional)
+    by_keyword = [name for name in optional if name in keyword_only]
+    if by_keyword:
+        places = {name: most - len(optional) + i for i, name in enumerate(optional)}
+        return lambda *args: function(*args[:taken], **{n: args[places[n]] for n in by_keyword if places[n] < len(args)})
+    return lambda *args: function(*args[:taken])
+
+
+def check_names(obj: Callback | Module | DataModule, base: type) -> None:
+    """Refuse methods that look like hooks but are none, naming the real one; ConfigurationError."""
+    known = {name for name in dir(base) if not name.startswith("_")}
+    hooks = sorted(name for name in known if name.startswith("on_") or name.endswith("_step") or name in _LOOK_ALIKE)
+    for name in dir(type(obj)):
+        if name.startswith("_") or name in known or not callable(getattr(type(obj), name, None)):
+            continue
+        if name in REMOVED_HOOKS:
+            raise ConfigurationError(
+                f"{type(obj).__name__}.{name} is no hook (any more) and would never be called: {REMOVED_HOOKS[name]}."
+            )
+        near = difflib.get_close_matches(name, hooks, 1, 0.85 if name.startswith("on_") else 0.9)
+        if near and _only_misspelt(name, near[0]):
+            raise ConfigurationError(
+                f"{type(obj).__name__}.{name} is no hook and would never be called. Did you mean {near[0]}? "
+                "If it is meant to be a helper, give it a name that is less like a hook's."
+            )
+
+
+_LOOK_ALIKE = {"setup", "teardown", "configure_optimizers", "configure_model", "configure_callbacks", "train_dataloader",
+               "val_dataloader", "test_dataloader", "predict_dataloader", "prepare_data", "state_dict", "load_state_dict"}  # fmt: skip
+
+
+def _only_misspelt(name: str, hook: str) -> bool:
+    """A word more or other in the middle is another name (`on_train_epoch_end_log`); letters are a slip."""
+    words, hook_words = name.split("_"), hook.split("_")
+    if name.startswith("on_"):
+        return True
+    return len(words) == len(hook_words) or name.replace("_", "") == hook.replace("_", "")

@@ -1,0 +1,231 @@
+"""The training loop. Start at `fit`; everything else in this package serves it.
+
+    fit:           on_train_start; train_epoch until a limit is reached or a stop is agreed; on_train_end
+    train_epoch:   for every window: train_window, log, validate where due, stop where agreed; then the epoch's end
+    train_window:  for every micro-batch: forward, backward; then one optimizer step
+
+A *window* is the list of micro-batches of one optimizer step. Each mean loss is scaled by its share of the window's
+weight over all ranks, so the gradient is that of one big batch however it was cut. Hooks are tuples of callables,
+resolved once and empty where nobody overrides them. Nothing here reads from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+    from .control import Control
+    from .data import PlannedData, StreamedData, Window
+    from .hooks import Hooks
+    from .metrics import Metrics
+    from .schedules import Schedulers, ValidationTimes
+    from .state import Limits, Progress
+    from .stepping import Stepper
+
+
+@dataclass
+class Fit:
+    """All that training touches, resolved once before it starts.
+
+    `prepare_epoch` sets what may change between epochs: the data, `num_batches` and `training_step`.
+    """
+
+    strategy: Strategy
+    hooks: Hooks
+    metrics: Metrics
+    progress: Progress
+    limits: Limits
+    control: Control
+    schedulers: Schedulers
+    validation: ValidationTimes
+    stepper: Stepper
+    prepare_epoch: Callable[[], None]
+    validate: Callable[[], None]
+    log_every_n_steps: int
+    automatic: bool
+    batch_idx: int = 0
+    num_batches: int | float = 0
+    data: PlannedData | StreamedData = field(init=False)
+    training_step: Callable[..., Any] = field(init=False)
+
+
+def fit(fit: Fit) -> None:
+    """Train until `max_epochs`, `max_steps` or `max_time` is reached, or all ranks agreed to stop."""
+    if fit.limits.reached(fit.progress) or fit.data.num_batches == 0:
+        return
+    for hook in fit.hooks.on_train_start:
+        hook()
+    while not fit.limits.reached(fit.progress):
+        train_epoch(fit)
+        if fit.control.stop_agreed_now():
+            break
+    fit.metrics.deliver(wait=True)
+    for hook in fit.hooks.on_train_end:
+        hook()
+
+
+def train_epoch(fit: Fit) -> None:
+    """One pass over the data, from wherever in it the run stands; validation happens inside it."""
+    progress, metrics = fit.progress, fit.metrics
+    train = train_window if fit.automatic else train_by_hand
+    fit.prepare_epoch()
+    if progress.batches_in_epoch == 0:
+        for hook in fit.hooks.on_train_epoch_start:
+            hook()
+    for window in fit.data.windows(progress.epoch, progress.batches_in_epoch):
+        if not train(fit, window):
+            break
+        step, last = progress.global_step, progress.batches_in_epoch >= fit.num_batches
+        if metrics.waiting:
+            metrics.deliver()
+        if step % fit.log_every_n_steps == 0 or step == 1:
+            metrics.boundary(step, progress.epoch, progress.samples)
+        if last:
+            fit.schedulers.end_epoch(progress.epoch)
+        stop = fit.control.stop_agreed()
+        if fit.validation.due(progress, last, stop):
+            fit.validate()
+        if fit.schedulers.monitored_by_step:
+            fit.schedulers.step_monitored(step)
+        if stop or step == fit.limits.max_steps:
+            return finish_epoch(fit, whole=last)
+    else:
+        if fit.validation.awaits_the_end(progress):
+            fit.schedulers.end_epoch(progress.epoch)
+            fit.validate()
+    finish_epoch(fit, whole=True)
+
+
+def finish_epoch(fit: Fit, whole: bool) -> None:
+    """The end of an epoch, or (not `whole`) of training in the middle of one: what was logged is reduced."""
+    progress = fit.progress
+    if whole:
+        fit.schedulers.end_epoch(progress.epoch)
+    for hook in fit.hooks.on_train_epoch_end:
+        hook()
+    fit.metrics.finish_epoch(progress.global_step, progress.epoch, progress.samples)
+    if whole:
+        fit.schedulers.end_epoch_monitored(progress.epoch)
+    for hook in fit.hooks.on_train_epoch_end_acting:
+        hook()
+    if whole:
+        progress.end_epoch()
+
+
+def train_window(fit: Fit, window: Window) -> bool:
+    """Forward and backward for every micro-batch, then one optimizer step; False: skip the rest of the epoch."""
+    hooks, metrics, progress, strategy, stepper = fit.hooks, fit.metrics, fit.progress, fit.strategy, fit.stepper
+    last = len(window.scales) - 1
+    metrics.window += 1
+    stepper.begin(window)
+    for index, scale, weight, batch in zip(range(last + 1), window.scales, window.weights, window.batches, strict=False):
+        batch_idx = fit.batch_idx = progress.batches_in_epoch
+        metrics.batch, metrics.weight = batch, weight
+        for hook in hooks.on_train_batch_start:
+            if hook(batch, batch_idx) == -1:
+                strategy.sync_gradients(True)
+                return False
+        if last:
+            strategy.sync_gradients(index == last)
+
+        metrics.hook = "training_step"
+        output = fit.training_step(batch, batch_idx)
+        loss = output if isinstance(output, Tensor) else loss_of(output)
+        if loss is None:
+            stepper.skip_backward(index, batch_idx)
+        else:
+            if loss.grad_fn is None or loss.ndim:
+                check_loss(loss)
+            if not stepper.cleared:
+                stepper.zero_grad(batch_idx)
+            scaled = strategy.scale(loss if scale == 1.0 else loss * scale)
+            if stepper.keeps:
+                stepper.keep(batch, batch_idx, scale, scaled)
+            for hook in hooks.on_before_backward:
+                hook(scaled)
+            if stepper.own_backward is None:
+                scaled.backward()  # type: ignore[no-untyped-call]
+            else:
+                stepper.own_backward(scaled)
+            for hook in hooks.on_after_backward:
+                hook()
+
+        progress.batches_in_epoch += 1
+        if index == last:
+            progress.samples += window.samples
+            if stepper.step(batch_idx):
+                progress.global_step += 1
+                if fit.schedulers.by_step:
+                    fit.schedulers.step(progress.global_step)
+        if hooks.on_train_batch_end:
+            outputs = outputs_of(output)
+            for hook in hooks.on_train_batch_end:
+                hook(outputs, batch, batch_idx)
+    return True
+
+
+def train_by_hand(fit: Fit, window: Window) -> bool:
+    """One batch of manual optimization: `training_step` goes backward and steps by itself."""
+    hooks, metrics, progress = fit.hooks, fit.metrics, fit.progress
+    batch = next(window.batches)
+    batch_idx = fit.batch_idx = progress.batches_in_epoch
+    metrics.window += 1
+    metrics.batch, metrics.weight = batch, window.weights[0]
+    for hook in hooks.on_train_batch_start:
+        if hook(batch, batch_idx) == -1:
+            return False
+
+    metrics.hook = "training_step"
+    output = fit.training_step(batch, batch_idx)
+
+    progress.batches_in_epoch += 1
+    progress.samples += window.samples
+    if fit.stepper.stepped_by_hand():
+        progress.global_step += 1
+    if hooks.on_train_batch_end:
+        outputs = outputs_of(output)
+        for hook in hooks.on_train_batch_end:
+            hook(outputs, batch, batch_idx)
+    return True
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what `training_step` returned, unless it is a tensor itself; ConfigurationError where none is."""
+    if output is None:
+        return None
+    if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+        return output["loss"]
+    held = f"a dict with keys {sorted(map(str, output))}" if isinstance(output, dict) else f"{output!r:.80}"
+    raise ConfigurationError(
+        f"training_step returned {held} ({type(output).__name__}). Return the loss as a scalar tensor, a dict whose "
+        "'loss' is one, or None to skip the batch."
+    )
+
+
+def check_loss(loss: Tensor) -> None:
+    """Refuse a loss that no backward pass can start from; ConfigurationError."""
+    if loss.numel() != 1:
+        raise ConfigurationError(
+            f"training_step returned a loss of shape {tuple(loss.shape)}. Return one number: loss.mean() or loss.sum()."
+        )
+    if loss.grad_fn is None and not loss.requires_grad:
+        raise ConfigurationError(
+            "training_step returned a loss that has no gradient (requires_grad is False). Compute it from the module's "
+            "parameters, without detach(), .item() or no_grad(), and check that not all parameters are frozen."
+        )
+
+
+def outputs_of(output: Any) -> dict[str, Any]:
+    """What `on_train_batch_end` gets: the step's dict, its loss detached and not scaled."""
+    if isinstance(output, Tensor):
+        return {"loss": output.detach()}
+    if isinstance(output, dict):
+        return {key: item.detach() if isinstance(item, Tensor) else item for key, item in output.items()}
+    return {}

@@ -1,0 +1,409 @@
+"""`self.log`: values stay where they are, and are reduced over batches and ranks at a few agreed moments.
+
+Read `Metrics.log` (what a step pays), then `boundary` (the window's step metrics set off as a point), then
+`finish_epoch` (the epoch's metrics, all in one reduction). Nothing is read back from a device in a step: a point is
+delivered to the loggers when it has arrived on the host. `reduction.py` takes it there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from .data import batch_size_of
+from .reduction import NEUTRAL, Capacity, HostCopy, Sum, Transfer, combine, widen
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+
+_BAR_SECONDS = 0.5
+_REDUCTIONS = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "amin": "min", "max": "max", "amax": "max"}
+_EPOCH_ENDS = frozenset({"on_train_epoch_end", "on_validation_epoch_end", "on_test_epoch_end"})
+
+#: For each hook that may log: on_step and on_epoch by default, and whether on_step is possible.
+_STEP, _EPOCH, _EPOCH_ONLY = (True, False, True), (False, True, True), (False, True, False)
+_IN_A_STEP = (
+    "training_step on_before_zero_grad on_before_backward on_after_backward on_before_optimizer_step "
+    "configure_gradient_clipping optimizer_step optimizer_zero_grad lr_scheduler_step backward "
+    "on_train_batch_start on_train_batch_end"
+)
+LOGGING_HOOKS: dict[str, tuple[bool, bool, bool]] = {
+    **dict.fromkeys(_IN_A_STEP.split(), _STEP),
+    **dict.fromkeys(("on_train_start", "on_train_epoch_start", "on_train_epoch_end"), _EPOCH_ONLY),
+}
+for _stage in ("validation", "test"):
+    LOGGING_HOOKS |= dict.fromkeys((f"{_stage}_step", f"on_{_stage}_batch_start", f"on_{_stage}_batch_end"), _EPOCH)
+    LOGGING_HOOKS |= dict.fromkeys(
+        (f"on_{_stage}_start", f"on_{_stage}_epoch_start", f"on_{_stage}_epoch_end"), _EPOCH_ONLY
+    )
+
+
+@dataclass(slots=True)
+class Entry:
+    """One name logged in one hook: the values of the window under way, and the running sum of the epoch."""
+
+    name: str
+    suffix: str
+    dataloader_idx: int | None
+    flags: tuple[Any, ...]
+    op: str
+    on_step: bool
+    on_epoch: bool
+    prog_bar: bool
+    logger: bool
+    metric: Any = None
+    window: int = -1
+    values: list[Any] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    total: Any = None
+    weight: float = 0.0
+
+    @property
+    def bare_name(self) -> str:
+        return self.name + self.suffix
+
+    @property
+    def step_name(self) -> str:
+        return f"{self.name}_step{self.suffix}" if self.on_epoch else self.bare_name
+
+    @property
+    def epoch_name(self) -> str:
+        return f"{self.name}_epoch{self.suffix}" if self.on_step else self.bare_name
+
+    def add_to_epoch(self, value: Any, weight: float) -> None:
+        """Take a batch into the epoch's sum, on the device of the value."""
+        if not weight:
+            return
+        self.weight += weight
+        scale = weight if self.op == "mean" else 1
+        if self.total is None:
+            self.total = widen(value) if self.op in ("min", "max") else widen(value) * scale
+        elif self.op in ("min", "max"):
+            self.total = combine(self.op, self.total, value)
+        elif isinstance(self.total, Tensor) and isinstance(value, Tensor):
+            self.total.add_(value, alpha=scale)
+        else:
+            self.total = self.total + value * scale
+
+    def step_sum(self) -> Sum:
+        """What the micro-batches of the window under way come to."""
+        total: Any = NEUTRAL[self.op]
+        for value, weight in zip(self.values, self.weights, strict=True):
+            if weight:
+                total = combine(self.op, total, widen(value) * weight if self.op == "mean" else widen(value))
+        return Sum(self.op, total, sum(self.weights))
+
+    def epoch_sum(self) -> Sum:
+        """What the epoch's batches so far come to."""
+        return Sum(self.op, NEUTRAL[self.op] if self.total is None else self.total, self.weight)
+
+    def running(self) -> Any:
+        """This rank's epoch value so far."""
+        return self.total / self.weight if self.op == "mean" else self.total
+
+    def start_anew(self) -> None:
+        self.window, self.values, self.weights = -1, [], []
+        self.total, self.weight = None, 0.0
+
+
+@dataclass(slots=True)
+class _Point:
+    """A point of step metrics on its way."""
+
+    step: int
+    epoch: int
+    samples: int
+    window: int
+    entries: list[Entry]
+    transfer: Transfer
+
+
+class Metrics:
+    """All that a run logs.
+
+    Whoever calls hooks sets `hook` to the hook under way and, for a batch, `batch` and `weight` (None: found from the
+    batch when a mean first needs it). `on_log` receives each point: names → host floats, and its step.
+    """
+
+    def __init__(self, strategy: Strategy, on_log: Callable[[dict[str, float], int], None]) -> None:
+        self.hook = ""
+        self.window = 0
+        self.batch: Any = None
+        self.weight: float | None = None
+        self.dataloader_idx: int | None = None
+        self.evaluating = False
+        self.muted = False
+        self._strategy = strategy
+        self._on_log = on_log
+        self._capacity = Capacity()
+        self._training: dict[Any, Entry] = {}
+        self._evaluation: dict[Any, Entry] = {}
+        self._points: list[_Point] = []
+        self._point_step = -1
+        self._published_window = -1
+        self._reduced: dict[str, Tensor] = {}
+        self._reduced_logged: dict[str, Tensor] = {}
+        self._reduced_bar: dict[str, float] = {}
+        self._bar = _BarValues()
+
+    # --- what a step pays --------------------------------------------------------------------------------------
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        batch_size: float | None = None,
+        add_dataloader_idx: bool = True,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Keep `value` of `name` for the hook under way; ConfigurationError for misuse."""
+        if self.muted or (rank_zero_only and not self._strategy.is_global_zero):
+            return
+        entries = self._evaluation if self.evaluating else self._training
+        key = (self.hook, name, self.dataloader_idx)
+        flags = (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
+        entry = entries.get(key)
+        if entry is None:
+            entry = entries[key] = self._new_entry(name, value, flags)
+        elif entry.flags != flags:
+            raise ConfigurationError(
+                f"log({name!r}) is called in {self.hook} with two sets of options (prog_bar, logger, on_step, on_epoch, "
+                f"reduce_fx, add_dataloader_idx): {entry.flags}, then {flags}. Use one set, or another name."
+            )
+        if isinstance(value, Tensor):
+            value = value.detach() if value.grad_fn is not None else value.detach().clone()
+            if value.ndim:
+                if value.numel() != 1:
+                    raise _no_number(name, value)
+                value = value.reshape(())
+        elif entry.metric is None:
+            value = _host_number(name, value)
+        else:
+            entry.metric = value
+            value = getattr(value, "_forward_cache", None)
+            if not entry.on_step or value is None:
+                return
+        weight = self._batch_weight() if batch_size is None else batch_size
+        if entry.window == self.window:
+            entry.values.append(value)
+            entry.weights.append(weight)
+        else:
+            entry.window = self.window
+            entry.values = [value]
+            entry.weights = [weight]
+        if entry.on_epoch and entry.metric is None:
+            entry.add_to_epoch(value, weight)
+
+    def _batch_weight(self) -> float:
+        if self.weight is None:
+            self.weight = 1 if self.batch is None else batch_size_of(self.batch) or 1
+        return self.weight
+
+    def _new_entry(self, name: str, value: Any, flags: tuple[Any, ...]) -> Entry:
+        prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx = flags
+        if self.hook not in LOGGING_HOOKS:
+            raise ConfigurationError(
+                f"log({name!r}) cannot be used in {self.hook or 'this place'}: it is in no step and no epoch. Log in "
+                "training_step, validation_step, test_step or in the hooks around their batches and epochs."
+            )
+        if not isinstance(name, str) or "/dataloader_idx_" in name:
+            raise ConfigurationError(f"log({name!r}): the name must be a string without '/dataloader_idx_', which we add.")
+        if isinstance(value, Mapping):
+            raise ConfigurationError(f"log({name!r}) got a {type(value).__name__}. Use log_dict for several values.")
+        default_on_step, default_on_epoch, step_possible = LOGGING_HOOKS[self.hook]
+        if on_step and not step_possible:
+            raise ConfigurationError(f"log({name!r}, on_step=True) cannot be used in {self.hook}. Use on_epoch=True.")
+        on_step = default_on_step if on_step is None else on_step
+        on_epoch = default_on_epoch if on_epoch is None else on_epoch
+        if not on_step and not on_epoch:
+            raise ConfigurationError(f"log({name!r}, on_step=False, on_epoch=False) logs nothing. Set one of the two.")
+        op = _REDUCTIONS.get(getattr(reduce_fx, "__name__", reduce_fx))
+        if op is None:
+            raise ConfigurationError(f"log({name!r}, reduce_fx={reduce_fx!r}): use 'mean', 'sum', 'min' or 'max'.")
+        with_index = add_dataloader_idx and self.dataloader_idx is not None
+        return Entry(
+            name=name,
+            suffix=f"/dataloader_idx_{self.dataloader_idx}" if with_index else "",
+            dataloader_idx=self.dataloader_idx,
+            flags=flags,
+            op=op,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            prog_bar=prog_bar,
+            logger=logger is not False,
+            metric=value if is_metric_object(value) else None,
+        )
+
+    # --- points of step metrics --------------------------------------------------------------------------------
+    def boundary(self, step: int, epoch: int, samples: int) -> None:
+        """Set off the step metrics of the window that update `step` ended; every rank calls it at the same step."""
+        if step == self._point_step:
+            return
+        self.deliver(wait=True)
+        self._point_step = step
+        entries = [e for e in self._training.values() if e.on_step and e.window == self.window]
+        transfer = Transfer({e.step_name: e.step_sum() for e in entries}, self._strategy, self._capacity)
+        self._points.append(_Point(step, epoch, samples, self.window, entries, transfer))
+        self.deliver()
+
+    @property
+    def waiting(self) -> bool:
+        """True while a point is on its way."""
+        return bool(self._points)
+
+    def deliver(self, wait: bool = False) -> None:
+        """Hand on the points that have arrived; `wait` for all of them (every rank then waits at the same place)."""
+        while self._points and (wait or self._points[0].transfer.arrived()):
+            point = self._points.pop(0)
+            reduced = point.transfer.finish()
+            names = {entry.step_name: [entry] for entry in point.entries}
+            self._publish(reduced, names, point.step, point.epoch, point.samples)
+            self._published_window = point.window
+
+    # --- the end of an epoch -----------------------------------------------------------------------------------
+    def finish_epoch(self, step: int, epoch: int, samples: int) -> dict[str, float]:
+        """Reduce and publish what an epoch of training or an evaluation logged; its names → numbers. Collective."""
+        self.deliver(wait=True)
+        entries = self._evaluation if self.evaluating else self._training
+        step_is_new = self.evaluating or self._point_step != step
+        sums: dict[str, Sum] = {}
+        names: dict[str, list[Entry]] = {}
+        objects: dict[str, Any] = {}
+        for entry in entries.values():
+            if entry.on_epoch and entry.metric is not None:
+                objects[entry.epoch_name] = entry.metric
+                names.setdefault(entry.epoch_name, []).append(entry)
+            elif entry.on_epoch and (entry.total is not None or entry.window >= 0):
+                sums[entry.epoch_name] = entry.epoch_sum()
+                names.setdefault(entry.epoch_name, []).append(entry)
+            if entry.on_step and step_is_new and entry.values and (self.evaluating or entry.window == self.window):
+                sums[entry.step_name] = entry.step_sum()
+                names.setdefault(entry.step_name, []).append(entry)
+        reduced = Transfer(sums, self._strategy, self._capacity).finish()
+        for name in sorted(objects):
+            reduced[name] = float(objects[name].compute())
+            objects[name].reset()
+        self._publish(reduced, names, step, epoch, samples)
+        if self.evaluating:
+            entries.clear()
+        else:
+            self._point_step, self._published_window = step, self.window
+            for entry in entries.values():
+                entry.start_anew()
+        return reduced
+
+    def owners(self) -> dict[str, int | None]:
+        """Epoch names (bare ones too) of the evaluation under way → the loader in which each was logged."""
+        held = {e.epoch_name: e.dataloader_idx for e in self._evaluation.values() if e.on_epoch}
+        return held | {e.bare_name: e.dataloader_idx for e in self._evaluation.values() if e.on_epoch}
+
+    def _publish(
+        self, reduced: dict[str, float], names: dict[str, list[Entry]], step: int, epoch: int, samples: int
+    ) -> None:
+        for_loggers = {}
+        for name, number in reduced.items():
+            tensor = torch.tensor(number, dtype=torch.float32)
+            entry = names[name][0] if name in names else None
+            self._reduced[name] = tensor
+            if entry is not None:
+                self._reduced[entry.bare_name] = tensor
+            if entry is None or entry.logger:
+                for_loggers[name] = number
+                self._reduced_logged[name] = tensor
+            if entry is not None and entry.prog_bar:
+                self._reduced_bar[name] = number
+        for entries in names.values():  # the bare name is the epoch's value wherever there is one
+            for entry in entries:
+                if entry.epoch_name in reduced:
+                    self._reduced[entry.bare_name] = self._reduced[entry.epoch_name]
+        if for_loggers:
+            self._on_log({**for_loggers, "epoch": epoch, "samples": samples}, step)
+
+    def forget(self) -> None:
+        """Start a call of the trainer with nothing logged."""
+        for held in (self._training, self._evaluation, self._reduced, self._reduced_logged, self._reduced_bar):
+            held.clear()
+        self._points.clear()
+        self._bar = _BarValues()
+        self._point_step = self._published_window = -1
+
+    # --- views: reading one never communicates -----------------------------------------------------------------
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """Every name → 0-d tensor: reduced ones, and this rank's newest of what was logged since."""
+        view = dict(self._reduced)
+        for name, entry, value in self._since():
+            view[name] = view[entry.bare_name] = torch.as_tensor(value, dtype=torch.float32)
+        return view
+
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """As `callback_metrics`, of what goes to the loggers and under the names it has there."""
+        view = dict(self._reduced_logged)
+        view.update(
+            (name, torch.as_tensor(value, dtype=torch.float32)) for name, entry, value in self._since() if entry.logger
+        )
+        return view
+
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """Host floats for the bar; values on a device are copied without blocking, at most twice a second."""
+        fresh = {name: value for name, entry, value in self._since() if entry.prog_bar}
+        return self._reduced_bar | self._bar.read(fresh)
+
+    def _since(self) -> list[tuple[str, Entry, Any]]:
+        """(name, entry, value) of what was logged since it was last reduced."""
+        found = []
+        for entry in [*self._training.values(), *self._evaluation.values()]:
+            if entry.on_step and entry.values and (self.evaluating or entry.window > self._published_window):
+                found.append((entry.step_name, entry, entry.values[-1]))
+            if entry.on_epoch and entry.weight and self.hook in _EPOCH_ENDS:
+                found.append((entry.epoch_name, entry, entry.running()))
+        return found
+
+
+class _BarValues:
+    """The newest values for the bar, as host floats some milliseconds old."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, float] = {}
+        self._names: list[str] = []
+        self._copy: HostCopy | None = None
+        self._next_copy = 0.0
+
+    def read(self, fresh: dict[str, Any]) -> dict[str, float]:
+        on_device = {name: v for name, v in fresh.items() if isinstance(v, Tensor) and v.device.type != "cpu"}
+        self._numbers.update((name, float(v)) for name, v in fresh.items() if name not in on_device)
+        if self._copy is not None and self._copy.arrived():
+            self._numbers.update(zip(self._names, self._copy.wait(), strict=True))
+            self._copy = None
+        if on_device and self._copy is None and time.monotonic() >= self._next_copy:
+            self._next_copy = time.monotonic() + _BAR_SECONDS
+            self._names, self._copy = list(on_device), HostCopy(list(on_device.values()))
+        return {name: self._numbers[name] for name in fresh if name in self._numbers}
+
+
+def is_metric_object(value: Any) -> bool:
+    """True for a torchmetrics.Metric and for whatever has its interface."""
+    return all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset", "forward"))
+
+
+def _host_number(name: str, value: Any) -> float:
+    if isinstance(value, (int, float)):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise _no_number(name, value) from None
+
+
+def _no_number(name: str, value: Any) -> ConfigurationError:
+    what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
+    return ConfigurationError(f"log({name!r}) got {what}. Log single numbers: value.mean(), value.sum(), float(value).")

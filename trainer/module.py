@@ -1,0 +1,429 @@
+"""`Module`: a torch.nn.Module that says what one step is. Users subclass it; the loop calls it.
+
+Read the steps first, then the hooks in the order in which `loop.py` calls them, then what a step may use
+(`log`, `optimizers`, `all_gather`, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigurationError
+from .datamodule import DataHooks
+from .hparams import HyperParameters
+from .rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class Module(HyperParameters, DataHooks, nn.Module):
+    """Subclass it: layers in `__init__`, `training_step`, `configure_optimizers`, and whatever hooks you need."""
+
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._trainer: Trainer | None = None
+        self.example_input_array: Any = None
+        self.automatic_optimization = True
+        self.strict_loading = True
+        self.prepare_data_per_node = True
+
+    # --- steps -------------------------------------------------------------------------------------------------
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """The loss of a batch: a scalar tensor, a dict with "loss", or None to skip it."""
+        raise NotImplementedError("training_step is not defined")
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Evaluate a validation batch; log what matters."""
+        raise NotImplementedError("validation_step is not defined")
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Evaluate a test batch; log what matters."""
+        raise NotImplementedError("test_step is not defined")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """The prediction for a batch; by default what `forward` returns."""
+        return self(batch)
+
+    def loss_weight(self, batch: Any) -> float | Tensor:
+        """How many items (tokens, boxes, ...) the mean loss of this host batch stands for; a number or 0-d tensor.
+
+        By default the number of samples; then this method is not called.
+        """
+        raise NotImplementedError("loss_weight is not defined")
+
+    # --- set-up ------------------------------------------------------------------------------------------------
+    def configure_optimizers(self) -> Any:
+        """One optimizer, a list of them, (optimizers, schedulers), a dict with "optimizer" and "lr_scheduler", a
+        tuple of such dicts, or None."""
+        return None
+
+    def configure_model(self) -> None:
+        """Build layers here that should be built under the strategy; called once a call, so make it idempotent."""
+
+    def configure_callbacks(self) -> Any:
+        """Callbacks that this module needs; one of a type given to the trainer is replaced."""
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Called on every rank; `stage` is fit, validate, test or predict."""
+
+    def teardown(self, stage: str) -> None:
+        """Called on every rank at the end."""
+
+    # --- hooks of fit, in the order of a step --------------------------------------------------------------------
+    def on_fit_start(self) -> None:
+        """The optimizers exist, the module is in its place."""
+
+    def on_fit_end(self) -> None:
+        """After `on_train_end`."""
+
+    def on_train_start(self) -> None:
+        """Before the first epoch of this call."""
+
+    def on_train_end(self) -> None:
+        """After the last epoch of this call."""
+
+    def on_train_epoch_start(self) -> None:
+        """Before the first batch of an epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        """After the last batch and the validation of an epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Before a micro-batch; returning -1 on every rank skips the rest of the epoch."""
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        """Before the gradients of a new window are cleared."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear the gradients of a new window."""
+        optimizer.zero_grad()
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Before the backward pass; `loss` is scaled by its share of the window."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass."""
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def on_after_backward(self) -> None:
+        """After the backward pass of a micro-batch."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """The window's gradients are whole, and not clipped yet."""
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the window's gradients; call `self.clip_gradients`, or do it by hand."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step; `optimizer_closure()` returns the window's loss, computed already; calling it again repeats it."""
+        optimizer.step(optimizer_closure)  # type: ignore[arg-type]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a scheduler; `metric` is the monitored one, or None."""
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After a micro-batch and, on the last of a window, after the optimizer's step."""
+
+    # --- hooks of evaluation -------------------------------------------------------------------------------------
+    def on_validation_model_eval(self) -> None:
+        """Put the module into evaluation mode."""
+        self.eval()
+
+    def on_validation_model_train(self) -> None:
+        """Put every layer back into the mode it had."""
+        self._put_modes_back()
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Before validation inside `fit`; gradients are cleared by the next window anyway."""
+
+    def on_validation_start(self) -> None:
+        """Before a validation run."""
+
+    def on_validation_end(self) -> None:
+        """After a validation run; its metrics are in `self.trainer.callback_metrics`."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Before the first validation batch."""
+
+    def on_validation_epoch_end(self) -> None:
+        """After the last validation batch, before the metrics are reduced."""
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before a validation batch."""
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After a validation batch."""
+
+    def on_test_model_eval(self) -> None:
+        """Put the module into evaluation mode."""
+        self.eval()
+
+    def on_test_model_train(self) -> None:
+        """Put every layer back into the mode it had."""
+        self._put_modes_back()
+
+    def on_test_start(self) -> None:
+        """Before a test run."""
+
+    def on_test_end(self) -> None:
+        """After a test run."""
+
+    def on_test_epoch_start(self) -> None:
+        """Before the first test batch."""
+
+    def on_test_epoch_end(self) -> None:
+        """After the last test batch, before the metrics are reduced."""
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before a test batch."""
+
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After a test batch."""
+
+    def on_predict_model_eval(self) -> None:
+        """Put the module into evaluation mode."""
+        self.eval()
+
+    def on_predict_model_train(self) -> None:
+        """Put every layer back into the mode it had."""
+        self._put_modes_back()
+
+    def on_predict_start(self) -> None:
+        """Before a prediction run."""
+
+    def on_predict_end(self) -> None:
+        """After a prediction run."""
+
+    def on_predict_epoch_start(self) -> None:
+        """Before the first prediction batch."""
+
+    def on_predict_epoch_end(self) -> None:
+        """After the last prediction batch."""
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before a prediction batch."""
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After a prediction batch."""
+
+    def _put_modes_back(self) -> None:
+        for module, training in self.__dict__.pop("_modes", ()):
+            module.training = training
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before `checkpoint` is written; edits to it are honoured."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before weights and states are taken from `checkpoint`; edits to it are honoured."""
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A module with the weights and hyper-parameters of a checkpoint; `kwargs` override hyper-parameters.
+
+        Reads our checkpoints, safetensors files and Lightning's `.ckpt` (without executing anything).
+        Raises CheckpointError for what is no checkpoint, ConfigurationError for missing arguments.
+        """
+        from .checkpoint.modules import load_module
+
+        return load_module(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
+
+    # --- what a step may use -------------------------------------------------------------------------------------
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Log a single number: a tensor (never read back here), a float, or a torchmetrics.Metric.
+
+        `on_step` and `on_epoch` default to what suits the hook. Epoch values are means weighted with `batch_size`
+        (found from the batch), or `reduce_fx` "sum", "min", "max", always over all ranks: `sync_dist` changes nothing.
+        """
+        if self._trainer is None:
+            rank_zero_warn(f"log({name!r}): the module is not attached to a Trainer, nothing is logged.")
+            return
+        self._trainer._metrics.log(
+            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx, rank_zero_only
+        )
+
+    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+        """`log` for every item; also for a torchmetrics.MetricCollection."""
+        if hasattr(dictionary, "compute_groups"):
+            items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
+        else:
+            items = dictionary.items()
+        for name, value in items:
+            self.log(name, value, **options)
+
+    def clip_gradients(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradients of `optimizer` as the strategy does; the norm is logged as `grad_norm`."""
+        if gradient_clip_val is not None:
+            self.trainer._clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """The optimizer, or the list of them, as thin wrappers whose `step` applies the precision policy."""
+        handles = self.trainer._optimizer_handles() if use_pl_optimizer else list(self.trainer.optimizers)
+        return handles[0] if len(handles) == 1 else handles
+
+    def lr_schedulers(self) -> Any:
+        """None, the scheduler, or the list of them."""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if not schedulers:
+            return None
+        return schedulers[0] if len(schedulers) == 1 else schedulers
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Manual optimization: a backward pass whose gradients are averaged over the ranks."""
+        self.trainer._manual_backward(loss, *args, **kwargs)
+
+    def toggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Only the parameters of `optimizer` need gradients until `untoggle_optimizer`."""
+        from .optim import toggle_optimizer
+
+        toggle_optimizer(self, optimizer, self.trainer.optimizers)
+
+    def untoggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Undo `toggle_optimizer`."""
+        from .optim import untoggle_optimizer
+
+        untoggle_optimizer(self, optimizer)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Tensors (in any nesting) of all ranks, each stacked to (world_size, *shape); on one rank as they are."""
+        return self.trainer._all_gather(data, group, sync_grads)
+
+    def freeze(self) -> None:
+        """No parameter needs gradients; evaluation mode."""
+        for parameter in self.parameters():
+            parameter.requires_grad = False
+        self.eval()
+
+    def unfreeze(self) -> None:
+        """Every parameter needs gradients; training mode."""
+        for parameter in self.parameters():
+            parameter.requires_grad = True
+        self.train()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0, above the progress bar."""
+        if self._trainer is None:
+            print(*args, **kwargs)
+        else:
+            self._trainer.print(*args, **kwargs)
+
+    # --- where it runs -------------------------------------------------------------------------------------------
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that runs this module; RuntimeError when there is none."""
+        if self._trainer is None:
+            raise RuntimeError(f"{type(self).__qualname__} is not attached to a `Trainer`.")
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        for module in self.modules():
+            if isinstance(module, Module):
+                module.__dict__["_trainer"] = trainer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter or buffer is."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return self._trainer.strategy.device if self._trainer is not None else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first floating-point parameter."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    @property
+    def current_epoch(self) -> int:
+        """Epochs finished; 0 without a trainer."""
+        return 0 if self._trainer is None else self._trainer.current_epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps finished; 0 without a trainer."""
+        return 0 if self._trainer is None else self._trainer.global_step
+
+    @property
+    def global_rank(self) -> int:
+        """This process among all."""
+        return 0 if self._trainer is None else self._trainer.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process on its node."""
+        return 0 if self._trainer is None else self._trainer.local_rank
+
+    @property
+    def on_gpu(self) -> bool:
+        """True when the module is on a CUDA device."""
+        return self.device.type == "cuda"
+
+    @property
+    def logger(self) -> Any:
+        """The first logger, or None."""
+        return None if self._trainer is None else self._trainer.logger
+
+    @property
+    def loggers(self) -> list[Any]:
+        """All loggers."""
+        return [] if self._trainer is None else self._trainer.loggers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trainer": None}
+
+
+def require(module: Any) -> Module:
+    """`module` if it is one; ConfigurationError for a plain nn.Module or something else."""
+    if isinstance(module, Module):
+        return module
+    raise ConfigurationError(
+        f"Trainer got a {type(module).__module__}.{type(module).__qualname__}, expected a subclass of paceline.Module "
+        "(paceline.LightningModule). Derive your class from it and define training_step and configure_optimizers."
+    )

@@ -1,0 +1,95 @@
+"""Batches on their way to the device: `move` for one batch, `ahead` for a stream of them.
+
+On a GPU the next batch is copied on a side stream while this one is trained on. A batch's host memory is kept until
+its copy is done, since the batch holds it until the next one has been taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+
+
+def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """`batch` with its tensors on `device`, floating-point ones as `dtype` if given.
+
+    Knows tensors, dicts, lists, (named) tuples, dataclasses and everything with a `to` method; numbers, strings and
+    other leaves stay as they are. Copies from pinned memory do not block.
+    """
+    if isinstance(batch, Tensor):
+        wanted = dtype if dtype is not None and batch.is_floating_point() else None
+        if batch.device == device and wanted is None:
+            return batch
+        return batch.to(device, wanted, non_blocking=True)
+    if isinstance(batch, (str, bytes, int, float)) or batch is None:
+        return batch
+    if hasattr(batch, "to"):
+        return _by_its_own(batch, device)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(item, device, dtype) for item in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)([move(item, device, dtype) for item in batch])
+    if isinstance(batch, dict):
+        moved = {key: move(item, device, dtype) for key, item in batch.items()}
+        if type(batch) is dict:
+            return moved
+        like = copy.copy(batch)
+        like.update(moved)
+        return like
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        like = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(like, field.name, move(getattr(batch, field.name), device, dtype))
+        return like
+    return batch
+
+
+def _by_its_own(batch: Any, device: torch.device) -> Any:
+    """A batch that knows how to move itself, as transformers' BatchEncoding or a PackedSequence."""
+    try:
+        return batch.to(device)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"A {type(batch).__name__} in the batch could not be moved: its to({str(device)!r}) failed with {error!r}. "
+            "Override transfer_batch_to_device in your module or data module."
+        ) from error
+
+
+def ahead(batches: Iterator[Any], transfer: Callable[[Any], Any], device: torch.device) -> Iterator[Any]:
+    """`transfer(batch)` for each of `batches`, one batch ahead on a side stream of a CUDA device."""
+    side = torch.cuda.Stream(device)
+    moved: Any = None
+    held: Any = None
+    for host_batch in batches:
+        with torch.cuda.stream(side):
+            coming = transfer(host_batch)
+        if held is not None:
+            yield moved
+        torch.cuda.current_stream(device).wait_stream(side)
+        _used_on(torch.cuda.current_stream(device), coming)
+        moved, held = coming, host_batch
+    if held is not None:
+        yield moved
+
+
+def _used_on(stream: torch.cuda.Stream, batch: Any) -> None:
+    """Tell the allocator that tensors made on the side stream are used on `stream`."""
+    if isinstance(batch, Tensor):
+        if batch.is_cuda:
+            batch.record_stream(stream)
+    elif isinstance(batch, Mapping):
+        for item in batch.values():
+            _used_on(stream, item)
+    elif isinstance(batch, (list, tuple)):
+        for item in batch:
+            _used_on(stream, item)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            _used_on(stream, getattr(batch, field.name))

@@ -1,0 +1,362 @@
+"""What user code reads of a trainer. Reading never communicates, and works before, in and after a call."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .optim import estimated_stepping_batches
+from .state import Progress, RunningStage, TrainerFn, TrainerState
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+    from .callback import Callback
+    from .arguments import Arguments
+    from .data import PlannedData, StreamedData
+    from .evaluate import Evaluation
+    from .loop import Fit
+    from .metrics import Metrics
+    from .module import Module
+
+
+class TrainerProperties:
+    """The read-only half of `Trainer`."""
+
+    arguments: Arguments
+    callbacks: list[Callback]
+    chosen_seed: tuple[int, bool] | None
+    evaluation: Evaluation | None
+    fit_run: Fit | None
+    metrics: Metrics
+    module: Module | None
+    precision_policy: Any
+    progress: Progress
+    run_folder: str | None
+    state: TrainerState
+    train_data: PlannedData | StreamedData | None
+    strategy: Strategy
+    validation: Evaluation | None
+    _choice: Any
+
+    # --- how far ----------------------------------------------------------------------------------------------
+    @property
+    def current_epoch(self) -> int:
+        """Epochs finished: inside one, its number from 0."""
+        return self.progress.epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps finished: one a window, however many optimizers."""
+        return self.progress.global_step
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples trained over all ranks."""
+        return self.progress.samples
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the batch under way is the epoch's last, where that is known."""
+        return self.fit_run is not None and self.fit_run.batch_idx + 1 >= self.fit_run.num_batches
+
+    @property
+    def num_training_batches(self) -> int | float:
+        """Micro-batches of one rank in an epoch; inf where the loader has no length."""
+        return 0 if self.train_data is None else self.train_data.num_batches
+
+    @property
+    def num_val_batches(self) -> list[int | float]:
+        """Batches of each validation loader, over all ranks."""
+        return _counts(self.validation if self.state.fn is TrainerFn.FITTING else self._evaluation_of("validation"))
+
+    @property
+    def num_sanity_val_batches(self) -> list[int | float]:
+        """Batches of each validation loader in the sanity check."""
+        steps = self.arguments.num_sanity_val_steps
+        return [count if steps == -1 else min(count, steps) for count in self.num_val_batches]
+
+    @property
+    def num_test_batches(self) -> list[int | float]:
+        """Batches of each test loader, over all ranks."""
+        return _counts(self._evaluation_of("test"))
+
+    @property
+    def num_predict_batches(self) -> list[int | float]:
+        """Batches of each prediction loader, over all ranks."""
+        return _counts(self._evaluation_of("predict"))
+
+    def _evaluation_of(self, stage: str) -> Evaluation | None:
+        for run in (self.evaluation, self.validation):
+            if run is not None and run.stage == stage:
+                return run
+        return None
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps that `fit` will take, as far as is known; usable in configure_optimizers."""
+        if self.train_data is None:
+            raise RuntimeError("estimated_stepping_batches is known from configure_optimizers on, inside fit().")
+        limits, data = self.arguments, self.train_data
+        return estimated_stepping_batches(limits.max_epochs, limits.max_steps, data.num_batches, data.micro_batches)
+
+    # --- limits -----------------------------------------------------------------------------------------------
+    @property
+    def max_epochs(self) -> int | None:
+        """As given."""
+        return self.arguments.max_epochs
+
+    @property
+    def max_steps(self) -> int:
+        """As given; -1 for no limit."""
+        return self.arguments.max_steps
+
+    @property
+    def min_epochs(self) -> int | None:
+        """As given."""
+        return self.arguments.min_epochs
+
+    @property
+    def min_steps(self) -> int | None:
+        """As given."""
+        return self.arguments.min_steps
+
+    @property
+    def limit_train_batches(self) -> int | float:
+        """As given; 1.0 for all."""
+        return _all(self.arguments.limit_of("train"))
+
+    @property
+    def limit_val_batches(self) -> int | float:
+        """As given; 1.0 for all."""
+        return _all(self.arguments.limit_of("val"))
+
+    @property
+    def limit_test_batches(self) -> int | float:
+        """As given; 1.0 for all."""
+        return _all(self.arguments.limit_of("test"))
+
+    @property
+    def limit_predict_batches(self) -> int | float:
+        """As given; 1.0 for all."""
+        return _all(self.arguments.limit_of("predict"))
+
+    @property
+    def overfit_batches(self) -> int | float:
+        """As given."""
+        return self.arguments.overfit_batches
+
+    @property
+    def fast_dev_run(self) -> int | bool:
+        """The number of batches; False when off."""
+        return self.arguments.fast_dev_run or False
+
+    @property
+    def num_sanity_val_steps(self) -> int | float:
+        """As given; inf for -1."""
+        steps = 0 if self.arguments.fast_dev_run else self.arguments.num_sanity_val_steps
+        return math.inf if steps == -1 else steps
+
+    @property
+    def val_check_interval(self) -> int | float:
+        """As given."""
+        return self.arguments.val_check_interval
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        """As given."""
+        return self.arguments.check_val_every_n_epoch
+
+    @property
+    def gradient_clip_val(self) -> float | None:
+        """As given."""
+        return self.arguments.gradient_clip_val
+
+    @property
+    def gradient_clip_algorithm(self) -> str | None:
+        """As given."""
+        return self.arguments.gradient_clip_algorithm
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """As given."""
+        return self.arguments.log_every_n_steps
+
+    @property
+    def reload_dataloaders_every_n_epochs(self) -> int:
+        """As given."""
+        return self.arguments.reload_dataloaders_every_n_epochs
+
+    @property
+    def default_root_dir(self) -> str:
+        """Where version folders are made: a path or a URL."""
+        return self.arguments.default_root_dir
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of this run; the root until one is claimed."""
+        return self.run_folder or self.default_root_dir
+
+    # --- metrics ----------------------------------------------------------------------------------------------
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """All that was logged, as 0-d tensors: reduced values, and this rank's newest of step metrics since then."""
+        return self.metrics.callback_metrics()
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """What went to the loggers."""
+        return self.metrics.logged_metrics()
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """What the bar shows; never reads from the device."""
+        return self.metrics.progress_bar_metrics()
+
+    # --- what is being done -----------------------------------------------------------------------------------
+    @property
+    def training(self) -> bool:
+        """Training batches are under way."""
+        return self.state.stage is RunningStage.TRAINING
+
+    @property
+    def validating(self) -> bool:
+        """Validation, in `validate` or inside `fit`."""
+        return self.state.stage is RunningStage.VALIDATING
+
+    @property
+    def testing(self) -> bool:
+        """`test` is under way."""
+        return self.state.stage is RunningStage.TESTING
+
+    @property
+    def predicting(self) -> bool:
+        """`predict` is under way."""
+        return self.state.stage is RunningStage.PREDICTING
+
+    @property
+    def sanity_checking(self) -> bool:
+        """The validation before training is under way."""
+        return self.state.stage is RunningStage.SANITY_CHECKING
+
+    @property
+    def evaluating(self) -> bool:
+        """Validation or test is under way."""
+        return self.validating or self.testing or self.sanity_checking
+
+    # --- where ------------------------------------------------------------------------------------------------
+    @property
+    def global_rank(self) -> int:
+        """This process among all."""
+        return self.strategy.rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process on its node."""
+        return self.strategy.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """This node among all."""
+        return self.strategy.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job: those that run, or will be started."""
+        return max(self.strategy.world_size, self._choice.ranks_here * self._choice.num_nodes)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the job."""
+        return int(self._choice.num_nodes)
+
+    @property
+    def num_devices(self) -> int:
+        """Ranks on this node."""
+        return int(self._choice.ranks_here)
+
+    @property
+    def device_ids(self) -> list[int]:
+        """Indices of the devices on this node."""
+        return [device.index or 0 for device in self._choice.devices]
+
+    @property
+    def is_global_zero(self) -> bool:
+        """True on the one process that prints, draws and writes."""
+        return self.strategy.is_global_zero
+
+    @property
+    def precision(self) -> str:
+        """The precision by its full name."""
+        return str(self.precision_policy.name)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of 16-mixed."""
+        return self.strategy.scaler
+
+    @property
+    def seed(self) -> int:
+        """The seed that order, workers and ranks' streams come from."""
+        return 0 if self.chosen_seed is None else self.chosen_seed[0]
+
+    # --- what takes part ----------------------------------------------------------------------------------------
+    @property
+    def model(self) -> Module | None:
+        """The module, as the user made it."""
+        return self.module
+
+    @property
+    def lightning_module(self) -> Any:
+        """The module, as the user made it."""
+        return self.module
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The callbacks that are loggers."""
+        return [callback for callback in self.callbacks if hasattr(callback, "log_metrics")]
+
+    @property
+    def logger(self) -> Any:
+        """The first logger, or None."""
+        return next(iter(self.loggers), None)
+
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        """The callbacks that save checkpoints."""
+        return [callback for callback in self.callbacks if hasattr(callback, "best_model_path")]
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        """The first of them, or None."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[Any]:
+        """The callbacks that stop early."""
+        return [callback for callback in self.callbacks if hasattr(callback, "stopped_epoch")]
+
+    @property
+    def early_stopping_callback(self) -> Any:
+        """The first of them, or None."""
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def progress_bar_callback(self) -> Any:
+        """The progress bar, or None."""
+        return next((callback for callback in self.callbacks if hasattr(callback, "init_train_tqdm") or hasattr(callback, "get_metrics")), None)  # fmt: skip
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether `fit` validates."""
+        return self.validation is not None
+
+
+def _counts(run: Evaluation | None) -> list[int | float]:
+    return [] if run is None else [data.num_batches for data in run.data]
+
+
+def _all(limit: int | float | None) -> int | float:
+    return 1.0 if limit is None else limit

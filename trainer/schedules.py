@@ -1,0 +1,123 @@
+"""When, inside `fit`, learning-rate schedulers step and validation runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigurationError
+from .optim import SchedulerConfig, due, step_scheduler
+from .state import Progress
+
+
+class Schedulers:
+    """The schedulers of automatic optimization.
+
+    Those without a monitor step after an optimizer step, or at the end of an epoch before validation; those with one
+    after the validation of that step, or when the epoch's metrics are ready. `metrics` gives the monitored values:
+    every rank calls it at the same step.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[SchedulerConfig],
+        step: Callable[[Any, Any], None],
+        metrics: Callable[[], Mapping[str, Any]],
+        hook: Callable[[str], None],
+    ) -> None:
+        self._configs = configs
+        self._step = step
+        self._metrics = metrics
+        self._hook = hook
+        self._ended_epoch = -1
+        self.by_step = any(c.interval == "step" and c.monitor is None for c in configs)
+        self.monitored_by_step = any(c.interval == "step" and c.monitor is not None for c in configs)
+        self._monitored_step = -1
+
+    def step(self, global_step: int) -> None:
+        """After update `global_step`."""
+        self._step_all("step", global_step, with_monitor=False)
+
+    def step_monitored(self, global_step: int) -> None:
+        """After update `global_step` and its validation; once for each update."""
+        if global_step != self._monitored_step:
+            self._monitored_step = global_step
+            self._step_all("step", global_step, with_monitor=True)
+
+    def end_epoch(self, epoch: int) -> None:
+        """At the end of `epoch`, before its validation; the second call for an epoch does nothing."""
+        if epoch != self._ended_epoch:
+            self._ended_epoch = epoch
+            self._step_all("epoch", epoch + 1, with_monitor=False)
+
+    def end_epoch_monitored(self, epoch: int) -> None:
+        """When the metrics of `epoch` are ready."""
+        self._step_all("epoch", epoch + 1, with_monitor=True)
+
+    def _step_all(self, interval: str, count: int, with_monitor: bool) -> None:
+        configs = due(self._configs, interval, count, with_monitor)
+        if not configs:
+            return
+        metrics = self._metrics() if with_monitor else {}
+        self._hook("lr_scheduler_step")
+        for config in configs:
+            step_scheduler(config, metrics, self._step)
+
+
+class ValidationTimes:
+    """When validation is due inside an epoch.
+
+    `interval` is a number of micro-batches, or a fraction of the epoch; `every_n_epochs` None counts micro-batches
+    across epochs.
+    """
+
+    def __init__(self, enabled: bool, interval: int | float, every_n_epochs: int | None) -> None:
+        self._enabled = enabled
+        self._interval = interval
+        self._every_n_epochs = every_n_epochs
+        self._batches: int | float = math.inf
+        self._seen = 0
+
+    def begin_epoch(self, num_batches: int | float, progress: Progress) -> None:
+        """Know the length of the coming epoch; ConfigurationError where the interval does not fit it."""
+        self._seen = self._count(progress)
+        if not self._enabled:
+            return
+        if isinstance(self._interval, int):
+            if self._every_n_epochs is not None and self._interval > num_batches:
+                raise ConfigurationError(
+                    f"val_check_interval={self._interval} is more than the {num_batches} micro-batches of an epoch. Use "
+                    f"at most {num_batches}, or check_val_every_n_epoch=None to count across epochs."
+                )
+            self._batches = self._interval
+        elif num_batches == math.inf:
+            if self._interval != 1.0:
+                raise ConfigurationError(
+                    f"val_check_interval={self._interval} is a fraction, but the training loader has no length. Use a "
+                    "number of micro-batches."
+                )
+            self._batches = math.inf
+        else:
+            self._batches = max(1, int(num_batches * self._interval))
+
+    def due(self, progress: Progress, last: bool, stopping: bool) -> bool:
+        """After a window: whether validation runs now. What fell due inside the window does."""
+        if not self._epoch_counts(progress):
+            return False
+        before, self._seen = self._seen, self._count(progress)
+        if stopping:
+            return True
+        if self._batches == math.inf:
+            return last
+        return self._seen // int(self._batches) > before // int(self._batches)
+
+    def awaits_the_end(self, progress: Progress) -> bool:
+        """At the end of an epoch whose length nobody knew: whether validation runs now."""
+        return self._batches == math.inf and self._epoch_counts(progress)
+
+    def _epoch_counts(self, progress: Progress) -> bool:
+        return self._enabled and (self._every_n_epochs is None or (progress.epoch + 1) % self._every_n_epochs == 0)
+
+    def _count(self, progress: Progress) -> int:
+        return progress.total_batches if self._every_n_epochs is None else progress.batches_in_epoch

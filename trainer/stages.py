@@ -1,0 +1,358 @@
+"""What happens around the loops: ranks, hooks, data and state are set up, and taken down whatever happens.
+
+Read `running` (the frame of all four calls, in the order of the contract), then `prepare_fit`, which resolves all that
+`loop.py` touches, and `prepare_evaluation`. Everything here runs once a call; nothing here runs in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError
+from . import prefetch
+from .callback import Callback
+from .checkpoint import choose, run_state
+from .control import Control
+from .data import DataSettings, training_data
+from .datamodule import DataHooks, DataModule
+from .evaluate import Evaluation, evaluate
+from .evaluation_data import evaluation_data
+from .faults import reported
+from .hooks import Hooks, check_names, overridden, without_missing
+from .loop import Fit
+from .module import Module
+from .optim import parse_optimizers
+from .rng import derive_stream_of_rank, isolated, seed_generators, seed_of_run
+from .schedules import Schedulers, ValidationTimes
+from .state import Limits, Progress, RunningStage, TrainerFn, TrainerStatus
+from .stepping import Stepper
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+_EVALUATION = {"validate": ("validation", "val"), "test": ("test", "test"), "predict": ("predict", "predict")}
+
+
+@contextmanager
+def running(trainer: Trainer, fn: TrainerFn, module: Module, datamodule: DataModule | None) -> Iterator[None]:
+    """Frame of a call: connect, prepare data, set up; the body; tear down. Exceptions pass the hooks and go on."""
+    state = trainer.state
+    state.fn, state.stage, state.status = fn, _first_stage(fn), TrainerStatus.RUNNING
+    trainer.should_stop = False
+    trainer.connect()
+    strategy = trainer.strategy
+    try:
+        with reported(rank=strategy.rank, world_size=strategy.world_size, where=trainer.whereabouts):
+            _attach(trainer, module, datamodule)
+            _prepare_data(trainer, module, datamodule)
+            _set_up(trainer, module, datamodule)
+            yield
+    except BaseException as exception:
+        state.status = TrainerStatus.INTERRUPTED
+        _tell_of(exception, trainer, module, datamodule)
+        raise
+    else:
+        state.status = TrainerStatus.FINISHED
+    finally:
+        _tear_down(trainer, module, datamodule)
+        state.stage = None
+
+
+def _first_stage(fn: TrainerFn) -> RunningStage:
+    return RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value)
+
+
+def _attach(trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
+    """Make module, data module and callbacks know the trainer; the module may bring callbacks of its own."""
+    trainer.module, trainer.datamodule = module, datamodule
+    module.trainer = trainer
+    if datamodule is not None:
+        datamodule.trainer = trainer
+    own = module.configure_callbacks() or []
+    own = [own] if isinstance(own, Callback) else list(own)
+    kinds = {type(callback) for callback in own}
+    if own:
+        kept = [cb for cb in trainer.callbacks if type(cb) not in kinds or cb in own]
+        trainer.set_callbacks([*kept, *(cb for cb in own if cb not in kept)])
+    for callback in trainer.callbacks:
+        check_names(callback, Callback)
+        callback._module = module
+    check_names(module, Module)
+    trainer.metrics.forget()
+    trainer.hooks = Hooks(trainer, module, trainer.callbacks, trainer.metrics)
+    if trainer.chosen_seed is None:
+        seed, drawn = trainer.strategy.broadcast_object(seed_of_run())
+        trainer.chosen_seed = (seed, drawn)
+        if drawn and trainer.world_size > 1:
+            seed_generators(seed)
+
+
+def _prepare_data(trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
+    """On local rank 0 of each node (or on rank 0 alone), before the others go on."""
+    strategy = trainer.strategy
+    for owner, base in ((datamodule, DataModule), (module, Module)):
+        if owner is None or not overridden(owner, "prepare_data", base):
+            continue
+        if strategy.local_rank == 0 if owner.prepare_data_per_node else strategy.rank == 0:
+            owner.prepare_data()
+        strategy.barrier()
+
+
+def _set_up(trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
+    stage = str(trainer.state.fn)
+    trainer.claim_run_folder()
+    if datamodule is not None:
+        datamodule.setup(stage)
+    for callback in trainer.callbacks:
+        callback.setup(trainer, module, stage)
+    module.setup(stage)
+    module.configure_model()
+    trainer.strategy.place(module, trainer.precision_policy)
+
+
+def _tell_of(exception: BaseException, trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
+    for callback in trainer.callbacks:
+        callback.on_exception(trainer, module, exception)
+    if datamodule is not None:
+        datamodule.on_exception(exception)
+
+
+def _tear_down(trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
+    stage = str(trainer.state.fn)
+    trainer.strategy.unwrap()
+    if datamodule is not None:
+        datamodule.teardown(stage)
+    for callback in trainer.callbacks:
+        callback.teardown(trainer, module, stage)
+    module.teardown(stage)
+
+
+# --- fit -------------------------------------------------------------------------------------------------------
+def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any, ckpt_path: str | None) -> Fit:
+    """Everything between the set-up hooks and `on_train_start`."""
+    strategy, metrics, hooks, arguments = trainer.strategy, trainer.metrics, trainer.hooks, trainer.arguments
+    trainer.data_settings = DataSettings(
+        seed=trainer.seed,
+        accumulate=arguments.accumulate_grad_batches,
+        global_batch_size=arguments.global_batch_size,
+        limit=arguments.limit_of("train"),
+        loss_weight=module.loss_weight if overridden(module, "loss_weight", Module) else None,
+        take_over=arguments.use_distributed_sampler,
+        overfit=arguments.overfit_batches,
+    )
+    trainer.train_data = _training_data(trainer, module, loaders)
+    checkpoint = _load(trainer, ckpt_path)
+    trainer.progress = Progress()
+    optimizers, configs = parse_optimizers(module.configure_optimizers(), module.automatic_optimization)
+    trainer.optimizers, trainer.lr_scheduler_configs = optimizers, configs
+    if checkpoint is not None:
+        run_state.restore_progress(trainer, checkpoint, str(trainer.ckpt_path))
+    strategy.wrap()
+
+    progress = trainer.progress
+    limits = Limits(
+        arguments.max_epochs, arguments.max_steps, arguments.max_seconds, arguments.min_epochs, arguments.min_steps
+    )
+
+    def wishes_to_stop() -> bool:
+        return (trainer.should_stop or limits.time_is_up()) and limits.may_stop_early(progress)
+
+    def agree_to_stop() -> None:
+        trainer.should_stop = True
+
+    stepper = Stepper(module, strategy, hooks, metrics, optimizers, arguments.gradient_clip_val, arguments.gradient_clip_algorithm)  # fmt: skip
+    validation = _validation(trainer, module, val_loaders)
+    fit = Fit(
+        strategy=strategy,
+        hooks=hooks,
+        metrics=metrics,
+        progress=progress,
+        limits=limits,
+        control=Control(strategy, wishes_to_stop, agree_to_stop),
+        schedulers=Schedulers(
+            configs if module.automatic_optimization else [],
+            module.lr_scheduler_step,
+            trainer.reduced_metrics,
+            lambda hook: setattr(metrics, "hook", hook),
+        ),
+        validation=ValidationTimes(validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch),
+        stepper=stepper,
+        prepare_epoch=lambda: _prepare_epoch(trainer, fit, module),
+        validate=lambda: trainer.validate_inside_fit(),
+        log_every_n_steps=arguments.log_every_n_steps,
+        automatic=module.automatic_optimization,
+    )
+    stepper.fit = fit
+    trainer.fit_run = fit
+    fit.data = trainer.train_data
+    fit.num_batches = fit.data.num_batches
+    trainer.say_what_was_chosen()
+    _call(hooks.on_fit_start)
+    if progress.global_step == 0 and validation is not None:
+        _sanity_check(trainer, validation)
+    limits.start()
+    if checkpoint is None or not run_state.restore_randomness(trainer, checkpoint):
+        derive_stream_of_rank(trainer.seed, progress.global_step, strategy.rank)
+    return fit
+
+
+def _load(trainer: Trainer, ckpt_path: str | None) -> dict[str, Any] | None:
+    """Choose, read and take back the weights of `ckpt_path`; None to start afresh."""
+    trainer.ckpt_path = choose.choose(trainer, ckpt_path)
+    if trainer.ckpt_path is None:
+        return None
+    checkpoint = run_state.read(trainer.ckpt_path)
+    run_state.restore_weights(trainer, checkpoint)
+    return checkpoint
+
+
+def _training_data(trainer: Trainer, module: Module, loaders: Any) -> Any:
+    source = loaders if loaders is not None else _from_hooks(trainer, module, "train_dataloader")
+    trainer.train_dataloader = source
+    settings = trainer.data_settings
+    data = training_data(source, trainer.strategy, settings)
+    data.to_device = _device_stream(trainer, module, data.user_loader)
+    return data
+
+
+def _device_stream(trainer: Trainer, module: Module, loader: Any) -> Callable[[Iterator[Any]], Iterator[Any]] | None:
+    """How an epoch's batches come to the device: one ahead on a side stream where that reorders no hook."""
+    transfer = make_transfer(trainer, module, 0)
+    if transfer is None:
+        return None
+    device = trainer.strategy.device
+    looks_ahead = device.type == "cuda" and getattr(loader, "num_workers", 0) > 0 and not _transfer_hooks(trainer, module)
+    if looks_ahead:
+        return lambda batches: prefetch.ahead(batches, transfer, device)
+    return lambda batches: map(transfer, batches)
+
+
+def _transfer_hooks(trainer: Trainer, module: Module) -> dict[str, Callable[..., Any]]:
+    """The transfer hooks that a user overrode; those of the data module go before the module's."""
+    found: dict[str, Callable[..., Any]] = {}
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        for owner in (module, trainer.datamodule):
+            if owner is not None and overridden(owner, name, DataHooks):
+                found[name] = getattr(owner, name)
+    return found
+
+
+def make_transfer(trainer: Trainer, module: Module, dataloader_idx: int) -> Callable[[Any], Any] | None:
+    """What brings a batch to the device; None where there is nothing to do."""
+    strategy, own = trainer.strategy, _transfer_hooks(trainer, module)
+    if not own and strategy.device.type == "cpu" and strategy.precision.parameters is None:
+        return None
+    before, by_user, after = (
+        own.get(name) for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    )
+
+    def transfer(batch: Any) -> Any:
+        if before is not None:
+            batch = before(batch, dataloader_idx)
+        if by_user is not None:
+            batch = by_user(batch, strategy.device, dataloader_idx)
+            if strategy.precision.parameters is not None:
+                batch = strategy.batch_to_device(batch, prefetch.move)
+        else:
+            batch = strategy.batch_to_device(batch, prefetch.move)
+        return batch if after is None else after(batch, dataloader_idx)
+
+    return transfer
+
+
+def _prepare_epoch(trainer: Trainer, fit: Fit, module: Module) -> None:
+    """What may be another in every epoch: loaders, accumulation, which parameters are trainable."""
+    every = trainer.arguments.reload_dataloaders_every_n_epochs
+    if every and fit.progress.batches_in_epoch == 0 and fit.progress.epoch and fit.progress.epoch % every == 0:
+        if trainer.reloads_train:
+            trainer.train_data = fit.data = _training_data(trainer, module, None)
+        if trainer.validation is not None and trainer.reloads_val:
+            trainer.validation = _validation(trainer, module, None)
+    fit.strategy.wrap()
+    step = without_missing(module.training_step, 2, "batch_idx")
+    fit.training_step = fit.strategy.training_step(step) if fit.automatic else fit.strategy.evaluation_step(step)
+    fit.num_batches = fit.data.num_batches
+    fit.validation.begin_epoch(fit.num_batches, fit.progress)
+
+
+def _sanity_check(trainer: Trainer, validation: Evaluation) -> None:
+    """A few validation batches before training; nothing of it is kept, and the random state is put back."""
+    batches = trainer.arguments.num_sanity_val_steps
+    if batches == 0 or trainer.arguments.fast_dev_run:
+        return
+    before, trainer.state.stage = trainer.state.stage, RunningStage.SANITY_CHECKING
+    with isolated():
+        _call(trainer.hooks.on_sanity_check_start)
+        evaluate(validation, float("inf") if batches == -1 else batches)
+        _call(trainer.hooks.on_sanity_check_end)
+    trainer.metrics.forget()
+    trainer.state.stage = before
+
+
+def _validation(trainer: Trainer, module: Module, loaders: Any) -> Evaluation | None:
+    """Validation inside `fit`; None where there is no validation_step or no loader."""
+    trainer.validation = None
+    if trainer.arguments.limit_of("val") == 0 or not overridden(module, "validation_step", Module):
+        return None
+    if loaders is None and not _has_hook(trainer, module, "val_dataloader"):
+        return None
+    trainer.validation = prepare_evaluation(trainer, module, "validate", loaders)
+    return trainer.validation
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------
+def prepare_evaluation(trainer: Trainer, module: Module, fn: str, loaders: Any) -> Evaluation:
+    """Everything that `evaluate` needs; `fn` is validate, test or predict."""
+    stage, short = _EVALUATION[fn]
+    strategy, arguments = trainer.strategy, trainer.arguments
+    source = loaders if loaders is not None else _from_hooks(trainer, module, f"{short}_dataloader")
+    setattr(trainer, f"{short}_dataloaders", source)
+    data = evaluation_data(
+        source, strategy, trainer.seed, arguments.limit_of(short), f"limit_{short}_batches", arguments.use_distributed_sampler
+    )
+    step = without_missing(getattr(module, f"{stage}_step"), 3, "batch_idx", "dataloader_idx")
+    inside_fit = trainer.state.fn is TrainerFn.FITTING
+    return Evaluation(
+        stage=stage,
+        module=module,
+        strategy=strategy,
+        hooks=trainer.hooks,
+        metrics=trainer.metrics,
+        progress=trainer.progress,
+        data=data,
+        step=strategy.evaluation_step(step),
+        transfers=[make_transfer(trainer, module, index) for index in range(len(data))],
+        inference_mode=arguments.inference_mode and not inside_fit and not strategy.sharded,
+    )
+
+
+def prepare_call(trainer: Trainer, module: Module, fn: str, loaders: Any, ckpt_path: str | None) -> Evaluation:
+    """A validate, test or predict of its own: weights from `ckpt_path`, then the data."""
+    _load(trainer, ckpt_path)
+    return prepare_evaluation(trainer, module, fn, loaders)
+
+
+# --- where loaders come from -----------------------------------------------------------------------------------
+def _has_hook(trainer: Trainer, module: Module, name: str) -> bool:
+    return any(
+        owner is not None and overridden(owner, name, DataHooks) for owner in (trainer.datamodule, module)
+    )
+
+
+def _from_hooks(trainer: Trainer, module: Module, name: str) -> Any:
+    """The loaders that the data module or the module makes."""
+    for owner in (trainer.datamodule, module):
+        if owner is not None and overridden(owner, name, DataHooks):
+            return getattr(owner, name)()
+    what = name.removesuffix("_dataloader")
+    raise ConfigurationError(
+        f"There is no {what} data: pass a loader to {trainer.state.fn}(), or define {name}() in {type(module).__name__} "
+        "or in a data module."
+    )
+
+
+def _call(hooks: tuple[Callable[..., Any], ...]) -> None:
+    for hook in hooks:
+        hook()

@@ -1,0 +1,208 @@
+"""`Stepper`: from a window's gradients to one optimizer step, through every hook that a user may override.
+
+Clear at the window's first backward; at its end unscale, clip, step. A user's own `optimizer_step` and optimizers that
+need a closure (LBFGS) get one that can repeat the window, whose batches are kept for them alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigurationError
+from .optim import OptimizerHandle
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
+    from .data import Window
+    from .hooks import Hooks
+    from .loop import Fit
+    from .metrics import Metrics
+    from .module import Module
+
+
+class Stepper:
+    """The optimizer's half of a window. `cleared`: gradients of the window before are gone."""
+
+    fit: Fit
+
+    def __init__(
+        self,
+        module: Module,
+        strategy: Strategy,
+        hooks: Hooks,
+        metrics: Metrics,
+        optimizers: list[Optimizer],
+        clip_value: float | None,
+        clip_algorithm: str | None,
+    ) -> None:
+        self.cleared = False
+        self.own_backward = hooks.own(module, "backward")
+        self._module = module
+        self._strategy = strategy
+        self._hooks = hooks
+        self._metrics = metrics
+        self._optimizer = optimizers[0]
+        self.handles = [OptimizerHandle(optimizer, self.step_by_hand, module) for optimizer in optimizers]
+        self._clip = (clip_value, clip_algorithm)
+        self._own_zero_grad = hooks.own(module, "optimizer_zero_grad")
+        self._own_clipping = hooks.own(module, "configure_gradient_clipping")
+        self._own_step = hooks.own(module, "optimizer_step")
+        self._needs_closure = needs_closure(self._optimizer)
+        self.keeps = self._own_step is not None or self._needs_closure
+        self._kept: list[tuple[Any, int, Any]] = []
+        self._loss: Tensor | None = None
+        self._window: Window
+        self._skipped: list[int] = []
+        self._steps_by_hand = 0
+
+    def begin(self, window: Window) -> None:
+        """A new window: nothing of it is done."""
+        self._window = window
+        self.cleared = False
+        if self._skipped:
+            self._skipped = []
+        if self.keeps:
+            self._kept, self._loss = [], None
+
+    def zero_grad(self, batch_idx: int) -> None:
+        """Clear the gradients of the window before."""
+        self.cleared = True
+        optimizer = self._optimizer
+        for hook in self._hooks.on_before_zero_grad:
+            hook(optimizer)
+        if self._own_zero_grad is None:
+            optimizer.zero_grad()
+        else:
+            self._own_zero_grad(self.fit.progress.epoch, batch_idx, optimizer)
+
+    def skip_backward(self, index: int, batch_idx: int) -> None:
+        """`training_step` returned None: alone, its weight leaves the window; beside others, its gradient is zero."""
+        if self._strategy.sharded:
+            raise ConfigurationError(
+                f"training_step returned None under {self._strategy.name}, where every rank must go backward. Return "
+                "`loss * 0`, or filter in the data set."
+            )
+        if self._strategy.world_size == 1:
+            self._skipped.append(index)
+            return
+        if not self.cleared:
+            self.zero_grad(batch_idx)
+        self._strategy.idle_backward()
+
+    def keep(self, batch: Any, batch_idx: int, scale: Any, scaled: Tensor) -> None:
+        """Remember a micro-batch for a closure that repeats the window."""
+        self._kept.append((batch, batch_idx, scale))
+        self._loss = scaled.detach() if self._loss is None else self._loss + scaled.detach()
+
+    def step(self, batch_idx: int) -> bool:
+        """The window's optimizer step; False where none was taken."""
+        optimizer = self._optimizer
+        if not self.cleared:
+            return False
+        if self._skipped:
+            self._share_out_skipped()
+        self._strategy.unscale_gradients(optimizer)
+        for hook in self._hooks.on_before_optimizer_step:
+            hook(optimizer)
+        if self._own_clipping is not None:
+            self._own_clipping(optimizer, *self._clip)
+        elif self._clip[0] is not None:
+            self.clip_gradients(optimizer, self._clip[0], self._clip[1] or "norm")
+        if self._own_step is not None:
+            handle = self.handles[0]
+            before = handle.stepped
+            self._own_step(self.fit.progress.epoch, batch_idx, handle, self._closure())
+            return handle.stepped > before
+        return self._strategy.optimizer_step(optimizer, self._closure() if self._needs_closure else None)
+
+    def clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> None:
+        """Clip as the strategy does, and log the norm that it computed."""
+        norm = self._strategy.clip_gradients(parameters_of(optimizer), value, algorithm)
+        if norm is not None:
+            before, self._metrics.hook = self._metrics.hook, "configure_gradient_clipping"
+            self._metrics.log("grad_norm", norm, batch_size=1)
+            self._metrics.hook = before
+
+    def _share_out_skipped(self) -> None:
+        """Losses were scaled by shares of the whole window; without the skipped batches the shares are larger."""
+        scales = self._window.scales
+        left = sum(scale for index, scale in enumerate(scales) if index not in self._skipped)
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        torch._foreach_div_(gradients, float(left))
+
+    def _closure(self) -> Callable[[], Tensor | None]:
+        calls = 0
+
+        def closure() -> Tensor | None:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                self._repeat()
+            return self._reduced_loss()
+
+        return closure
+
+    def _repeat(self) -> None:
+        """Forward and backward of the kept window once more, without batch hooks."""
+        with torch.enable_grad():
+            self._optimizer.zero_grad()
+            self._loss = None
+            last = len(self._kept) - 1
+            for index, (batch, batch_idx, scale) in enumerate(self._kept):
+                if last:
+                    self._strategy.sync_gradients(index == last)
+                output = self.fit.training_step(batch, batch_idx)
+                loss = output if isinstance(output, Tensor) else output["loss"]
+                scaled = self._strategy.scale(loss * scale)
+                scaled.backward()  # type: ignore[no-untyped-call]
+                self._loss = scaled.detach() if self._loss is None else self._loss + scaled.detach()
+        self._strategy.unscale_gradients(self._optimizer)
+
+    def _reduced_loss(self) -> Tensor | None:
+        """The window's loss over all ranks: shares are scaled for an average over the ranks."""
+        return None if self._loss is None else self._strategy.all_reduce(self._loss.clone(), "mean")
+
+    # --- manual optimization ------------------------------------------------------------------------------------
+    def backward_by_hand(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """A backward pass whose gradients are averaged over the ranks; repeating that is harmless."""
+        scaled = self._strategy.scale(loss)
+        for hook in self._hooks.on_before_backward:
+            hook(scaled)
+        if self.own_backward is None:
+            scaled.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            self.own_backward(scaled, *args, **kwargs)
+        self._strategy.average_gradients(self._module.parameters())
+        for hook in self._hooks.on_after_backward:
+            hook()
+
+    def step_by_hand(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> bool:
+        """What `step` of the wrapper does that `self.optimizers()` returns."""
+        if not self.fit.automatic:
+            self._strategy.unscale_gradients(optimizer)
+            for hook in self._hooks.on_before_optimizer_step:
+                hook(optimizer)
+        return self._strategy.optimizer_step(optimizer, closure, **kwargs)
+
+    def stepped_by_hand(self) -> bool:
+        """Whether any optimizer stepped since this was last asked."""
+        before, self._steps_by_hand = self._steps_by_hand, sum(handle.stepped for handle in self.handles)
+        return self._steps_by_hand > before
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """True for optimizers whose `step` cannot do without one, as LBFGS."""
+    step = inspect.unwrap(type(optimizer).step)
+    closure = inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,429 @@
+"""`Trainer`: the edge where arguments, strategies, callbacks and loops meet. The training loop itself is `loop.py`.
+
+Read `__init__` (what may be asked for), `fit` and its three siblings, and go on in `loop.py` and `evaluate.py`; what
+happens around them is `stages.py`. The long tail of this file is the properties that user code reads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from .. import callbacks as builtin
+from ..errors import ConfigurationError
+from ..strategies import ddp as _ddp  # noqa: F401  registers its names
+from ..strategies import single as _single  # noqa: F401
+from ..strategies.auto import choose
+from ..strategies.base import Strategy
+from ..strategies.cluster import find_cluster
+from ..strategies.precision import parse_precision
+from . import launch, stages
+from .arguments import Arguments, refuse_unknown
+from .callback import Callback
+from .checkpoint.run_folder import claim_version_folder
+from .checkpoint.run_state import save_checkpoint
+from .data import DataSettings, PlannedData, StreamedData
+from .datamodule import DataModule
+from .evaluate import Evaluation, evaluate, gathered
+from .hooks import Hooks
+from .loop import Fit
+from .loop import fit as run_fit
+from .metrics import Metrics
+from .module import Module, require
+from .optim import OptimizerHandle, SchedulerConfig
+from .properties import TrainerProperties
+from .rank_zero import rank_zero_warn
+from .state import Progress, RunningStage, TrainerFn, TrainerState
+
+
+class Trainer(TrainerProperties):
+    """Drives fit, validate, test and predict. All arguments are keyword-only; the contract's table explains them.
+
+    An unknown or contradictory argument is a ConfigurationError that names the nearest right one.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: str | Strategy = "auto",
+        accelerator: str = "auto",
+        devices: int | str | Sequence[int] = "auto",
+        num_nodes: int = 1,
+        precision: str | int | None = "32-true",
+        max_epochs: int | None = None,
+        max_steps: int = -1,
+        max_time: str | timedelta | dict[str, int] | None = None,
+        min_epochs: int | None = None,
+        min_steps: int | None = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0,
+        fast_dev_run: bool | int = False,
+        num_sanity_val_steps: int | None = None,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        accumulate_grad_batches: int | None = None,
+        global_batch_size: int | None = None,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        logger: Any = None,
+        log_every_n_steps: int | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_checkpointing: bool | None = None,
+        enable_model_summary: bool | None = None,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        deterministic: bool | str | None = None,
+        benchmark: bool | None = None,
+        detect_anomaly: bool = False,
+        inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        reload_dataloaders_every_n_epochs: int = 0,
+        sync_batchnorm: bool = False,
+        profiler: Any = None,
+        barebones: bool = False,
+        **unknown: Any,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "unknown")}
+        refuse_unknown(unknown, given)
+        self.arguments = Arguments.checked(given)
+        self.precision_policy = parse_precision(precision)
+        self._cluster = find_cluster()
+        self._choice = choose(strategy, accelerator, devices, num_nodes, self._cluster, launch.is_possible())
+        self.strategy = self._choice.strategy
+        self.strategy.take_place(self._choice.device_of(0 if self._cluster is None else self._cluster.local_rank), self._cluster)
+        self.strategy.sync_batchnorm = sync_batchnorm
+        self._connected = False
+
+        self.state = TrainerState()
+        self.progress = Progress()
+        self.should_stop = False
+        self.interrupted = False
+        self.chosen_seed: tuple[int, bool] | None = None
+        self.ckpt_path: str | None = None
+        self.module: Module | None = None
+        self.datamodule: DataModule | None = None
+        self.optimizers: list[Optimizer] = []
+        self.lr_scheduler_configs: list[SchedulerConfig] = []
+        self.train_data: PlannedData | StreamedData | None = None
+        self.train_dataloader: Any = None
+        self.val_dataloaders: Any = None
+        self.test_dataloaders: Any = None
+        self.predict_dataloaders: Any = None
+        self.data_settings: DataSettings
+        self.hooks: Hooks
+        self.fit_run: Fit | None = None
+        self.validation: Evaluation | None = None
+        self.evaluation: Evaluation | None = None
+        self.reloads_train = self.reloads_val = True
+        self.run_folder: str | None = None
+        self.metrics = self._metrics = Metrics(self.strategy, self._deliver)
+        self.set_callbacks(_with_defaults(callbacks, logger, self.arguments))
+
+    # --- the four calls ----------------------------------------------------------------------------------------
+    def fit(
+        self,
+        model: Module,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Train `model`; validation runs inside. `ckpt_path` resumes: a path, a URL, "last", "best" or "auto"."""
+        module = require(model)
+        train, datamodule = _loaders(train_dataloaders, datamodule)
+        self.arguments.check_fit(module)
+        self.reloads_train, self.reloads_val = train is None, val_dataloaders is None
+        self.fit_run = self.train_data = None
+        with stages.running(self, TrainerFn.FITTING, module, datamodule):
+            fit = stages.prepare_fit(self, module, train, val_dataloaders, _path(ckpt_path))
+            with torch.autograd.set_detect_anomaly(self.arguments.detect_anomaly):
+                run_fit(fit)
+            for hook in self.hooks.on_fit_end:
+                hook()
+
+    def validate(
+        self,
+        model: Module | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """One pass over the validation data; a dict of reduced metrics for each loader."""
+        return self._evaluate(TrainerFn.VALIDATING, model, dataloaders, ckpt_path, verbose, datamodule)
+
+    def test(
+        self,
+        model: Module | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """One pass over the test data; a dict of reduced metrics for each loader."""
+        return self._evaluate(TrainerFn.TESTING, model, dataloaders, ckpt_path, verbose, datamodule)
+
+    def predict(
+        self,
+        model: Module | None = None,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> Any:
+        """What `predict_step` returns for every batch, in order, on every rank; a list of lists for several loaders."""
+        keep = return_predictions is not False
+        with self._evaluating(TrainerFn.PREDICTING, model, dataloaders, ckpt_path, datamodule) as run:
+            run.keep_outputs = keep
+            evaluate(run)
+            outputs = gathered(run) if keep else []
+        if not keep:
+            return None
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    @contextmanager
+    def _evaluating(
+        self,
+        fn: TrainerFn,
+        model: Module | None,
+        dataloaders: Any,
+        ckpt_path: str | os.PathLike[str] | None,
+        datamodule: DataModule | None,
+    ) -> Iterator[Evaluation]:
+        """The frame of validate, test and predict."""
+        loaders, datamodule = _loaders(dataloaders, datamodule)
+        module, path = self._module_and_path(fn, model, ckpt_path)
+        if model is None and loaders is None and datamodule is None:
+            datamodule = self.datamodule
+        with stages.running(self, fn, module, datamodule):
+            self.evaluation = stages.prepare_call(self, module, str(fn), loaders, path)
+            yield self.evaluation
+
+    def _evaluate(
+        self,
+        fn: TrainerFn,
+        model: Module | None,
+        dataloaders: Any,
+        ckpt_path: str | os.PathLike[str] | None,
+        verbose: bool,
+        datamodule: DataModule | None,
+    ) -> list[dict[str, float]]:
+        with self._evaluating(fn, model, dataloaders, ckpt_path, datamodule) as run:
+            results = evaluate(run)
+        if verbose and self.is_global_zero:
+            _print_results(str(fn), results)
+        return results
+
+    def _module_and_path(
+        self, fn: TrainerFn, model: Module | None, ckpt_path: str | os.PathLike[str] | None
+    ) -> tuple[Module, str | None]:
+        """Without a model: that of the call before, with its best weights where there are some."""
+        if model is not None:
+            return require(model), _path(ckpt_path)
+        if self.module is None:
+            raise ConfigurationError(f"{fn}() was called without a model, and no call before it had one. Pass a model.")
+        if ckpt_path is None and any(getattr(cb, "best_model_path", "") for cb in self.checkpoint_callbacks):
+            rank_zero_warn(
+                f"{fn}() without a model uses the best checkpoint of the fit before it. Pass the model for its present "
+                "weights, or ckpt_path='last'."
+            )
+            return self.module, "best"
+        return self.module, _path(ckpt_path)
+
+    # --- what the loops and callbacks ask of the trainer ---------------------------------------------------------
+    def connect(self) -> None:
+        """Become a rank: join those that a launcher started, or start them and end this process with their code."""
+        if self._connected:
+            return
+        if self._cluster is None and self._choice.ranks_here * self._choice.num_nodes > 1:
+            launch.start_ranks(self._choice.ranks_here, self._choice.num_nodes)
+        self.strategy.connect(self._cluster)
+        self._connected = True
+
+    def claim_run_folder(self) -> None:
+        """The first call that will write takes the next free `version_N`; all ranks know it."""
+        writes = bool(self.loggers or self.checkpoint_callbacks) and not self.arguments.fast_dev_run
+        if self.run_folder is None and writes:
+            folder = claim_version_folder(self.default_root_dir) if self.is_global_zero else ""
+            self.run_folder = self.strategy.broadcast_object(folder)
+
+    def set_callbacks(self, callbacks: list[Callback]) -> None:
+        """Checkpoint callbacks go last, so that they save what the others changed."""
+        saving = [cb for cb in callbacks if isinstance(cb, builtin.ModelCheckpoint)]
+        self.callbacks = [cb for cb in callbacks if cb not in saving] + saving
+        _refuse_equal_keys(self.callbacks)
+
+    def validate_inside_fit(self) -> None:
+        """A validation run of `fit`."""
+        if self.validation is None:
+            return
+        before, self.state.stage = self.state.stage, RunningStage.VALIDATING
+        evaluate(self.validation)
+        self.state.stage = before
+
+    def reduced_metrics(self) -> dict[str, Tensor]:
+        """`callback_metrics` with everything logged so far reduced over the ranks; every rank must call it."""
+        progress = self.progress
+        if not self.metrics.evaluating:
+            self.metrics.boundary(progress.global_step, progress.epoch, progress.samples)
+        self.metrics.deliver(wait=True)
+        return self.callback_metrics
+
+    def save_checkpoint(
+        self, filepath: str | os.PathLike[str], weights_only: bool = False, storage_options: Any = None
+    ) -> str:
+        """Save the run's state on every rank's call; returns the path it got (a taken name gets `-v1`)."""
+        if self.module is None:
+            raise ConfigurationError("save_checkpoint() needs a module: call it in or after fit, validate or test.")
+        return save_checkpoint(self, filepath, weights_only)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0, above the progress bar."""
+        if not self.is_global_zero:
+            return
+        bar = self.progress_bar_callback
+        if bar is not None and not kwargs:
+            bar.print(*args)
+        else:
+            print(*args, **kwargs)
+
+    def say_what_was_chosen(self) -> None:
+        """One line on rank 0: devices, strategy, precision, how a global batch comes about, the seed."""
+        if not self.is_global_zero or self.fit_run is None or self.arguments.barebones:
+            return
+        strategy, data = self.strategy, self.fit_run.data
+        micro, accumulate = data.batch_size, self.data_settings.accumulate
+        ranks = strategy.data_ranks
+        if self.arguments.global_batch_size is not None:
+            batch = f"global batch {self.arguments.global_batch_size} over {ranks} rank(s) in micro-batches of at most {micro}"
+        elif micro is None:
+            batch = f"global batch = your batches x {accumulate} x {ranks}"
+        else:
+            batch = f"global batch {micro * accumulate * ranks} = {micro} x {accumulate} x {ranks}"
+        seed, drawn = self.chosen_seed or (0, False)
+        print(
+            f"paceline: {strategy.name} ({self._choice.reason}), {strategy.world_size} x {strategy.device.type}, "
+            f"precision {self.precision_policy.name}, {batch}, seed {seed}{' (drawn)' if drawn else ''}",
+            flush=True,
+        )
+
+    def whereabouts(self) -> str:
+        """Where the run is, for messages."""
+        if self.state.fn is TrainerFn.FITTING and self.fit_run is not None and self.state.stage is RunningStage.TRAINING:
+            return f"epoch {self.progress.epoch}, batch {self.fit_run.batch_idx}"
+        run = self.validation if self.state.fn is TrainerFn.FITTING else self.evaluation
+        stage = str(self.state.stage)
+        return stage if run is None else f"{stage}, batch {run.batch_idx}"
+
+    def _deliver(self, metrics: dict[str, float], step: int) -> None:
+        if not self.sanity_checking:
+            for hook in self.hooks.on_log:
+                hook(metrics, step)
+
+    # --- what a module asks of the trainer -----------------------------------------------------------------------
+    def _clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> None:
+        self._fitting().stepper.clip_gradients(optimizer, value, algorithm)
+
+    def _optimizer_handles(self) -> list[OptimizerHandle]:
+        return self._fitting().stepper.handles
+
+    def _manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        fit = self._fitting()
+        if fit.automatic:
+            raise ConfigurationError(
+                "manual_backward() is for manual optimization. Set self.automatic_optimization = False in __init__, or "
+                "return the loss from training_step."
+            )
+        fit.stepper.backward_by_hand(loss, *args, **kwargs)
+
+    def _fitting(self) -> Fit:
+        if self.fit_run is None:
+            raise ConfigurationError("There are no optimizers: they exist while fit() runs and after it.")
+        return self.fit_run
+
+    def _all_gather(self, data: Any, group: Any, sync_grads: bool) -> Any:
+        def gather(item: Any) -> Any:
+            tensor = item if isinstance(item, Tensor) else torch.tensor(item, device=self.strategy.device)
+            return self.strategy.all_gather(tensor, sync_grads)
+
+        return pytree.tree_map_only((Tensor, int, float), gather, data)
+
+
+def _path(ckpt_path: str | os.PathLike[str] | None) -> str | None:
+    return None if ckpt_path is None else os.fspath(ckpt_path)
+
+
+def _loaders(loaders: Any, datamodule: DataModule | None) -> tuple[Any, DataModule | None]:
+    """A data module may stand in the place of the loaders."""
+    if isinstance(loaders, DataModule):
+        if datamodule is not None:
+            raise ConfigurationError("Two data modules were given. Pass one, as datamodule=.")
+        return None, loaders
+    if loaders is not None and datamodule is not None:
+        raise ConfigurationError("Both loaders and a data module were given. Pass one of them.")
+    return loaders, datamodule
+
+
+def _with_defaults(callbacks: Callback | Sequence[Callback] | None, logger: Any, arguments: Any) -> list[Callback]:
+    """The user's callbacks, the loggers, and the built-in ones that are on by default."""
+    given = [] if callbacks is None else [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    for callback in given:
+        if not isinstance(callback, Callback):
+            raise ConfigurationError(
+                f"callbacks holds {callback!r:.80} ({type(callback).__name__}), expected objects of subclasses of "
+                "paceline.Callback."
+            )
+    loggers = _loggers(logger, arguments, given)
+    has_bar = any(isinstance(cb, builtin.ProgressBar) for cb in given)
+    has_checkpoint = any(isinstance(cb, builtin.ModelCheckpoint) for cb in given)
+    if has_checkpoint and not arguments.enable_checkpointing and not arguments.fast_dev_run:
+        raise ConfigurationError("enable_checkpointing=False, but callbacks holds a ModelCheckpoint. Leave one out.")
+    if has_bar and not arguments.enable_progress_bar:
+        raise ConfigurationError("enable_progress_bar=False, but callbacks holds a progress bar. Leave one out.")
+    defaults: list[Callback] = []
+    if arguments.enable_progress_bar and not has_bar:
+        defaults.append(builtin.TQDMProgressBar())
+    if arguments.enable_checkpointing and not has_checkpoint:
+        defaults.append(builtin.ModelCheckpoint())
+    return [*given, *loggers, *defaults]
+
+
+def _loggers(logger: Any, arguments: Any, given: list[Callback]) -> list[Callback]:
+    if arguments.fast_dev_run or logger is False or (logger is None and arguments.barebones):
+        return []
+    if logger is None or logger is True:
+        return [] if any(isinstance(cb, builtin.Logger) for cb in given) else [builtin.JSONLLogger()]
+    loggers = list(logger) if isinstance(logger, (list, tuple)) else [logger]
+    for one in loggers:
+        if not isinstance(one, builtin.Logger):
+            raise ConfigurationError(
+                f"logger={one!r:.80} is a {type(one).__name__}, expected True, False, or loggers of paceline.loggers."
+            )
+    return loggers
+
+
+def _refuse_equal_keys(callbacks: list[Callback]) -> None:
+    keys = [callback.state_key for callback in callbacks if type(callback).state_dict is not Callback.state_dict]
+    for key in {key for key in keys if keys.count(key) > 1}:
+        raise ConfigurationError(
+            f"Two callbacks have the state_key {key!r}, so a checkpoint could hold the state of only one. Override "
+            "state_key so that they differ."
+        )
+
+
+def _print_results(fn: str, results: list[dict[str, float]]) -> None:
+    for index, metrics in enumerate(results):
+        where = f" (loader {index})" if len(results) > 1 else ""
+        told = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+        print(f"{fn}{where}: {told or 'nothing was logged'}", flush=True)
