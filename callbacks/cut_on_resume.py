@@ -51,10 +51,11 @@ class CutOnResume(Logger):
         self._resume_file, self._resume_points = state_dict.get("file"), state_dict.get("points")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._resume_step = checkpoint.get("global_step")
 
     def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
-        if self._resume_step is not None and trainer.is_global_zero:
+        if self._resume_step is not None and self._writes(trainer):
             same_file = self._resume_file == self.metrics_file_path
             self.resume_from(self._resume_step, self._resume_points if same_file else None)
         super().on_fit_start(trainer, pl_module)

@@ -61,6 +61,11 @@ class FolderLogger(Logger):
             return self._run_dir or "."
         return join(self.root_dir or ".", version_folder(self.version))
 
+    @property
+    def state_key(self) -> str:
+        given = f"'save_dir': {self._save_dir!r}, 'name': {self._name!r}, 'version': {self._given_version!r}"
+        return f"{type(self).__qualname__}{{{given}}}"
+
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._version = trainer.strategy.broadcast_object(self.version)

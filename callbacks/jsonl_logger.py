@@ -79,6 +79,10 @@ class JSONLLogger(CutOnResume):
         if len(kept) < len(lines):
             file.rewrite(kept)
 
+    @property
+    def state_key(self) -> str:
+        return "JSONLLogger" if self._given_dir is None else f"JSONLLogger{{'save_dir': {self._given_dir!r}}}"
+
     # --- hooks ---------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if self._run_dir != trainer.log_dir and self._given_dir is None:

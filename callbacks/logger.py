@@ -85,6 +85,9 @@ class Logger(Callback, ABC):
         self._run_dir = trainer.log_dir
         self._run_started = self._run_failed = False
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        self._run_dir = trainer.log_dir  # a run that is resumed goes on in its own folder
+
     def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._start(trainer, pl_module)
 
@@ -98,22 +101,25 @@ class Logger(Callback, ABC):
         self._start(trainer, pl_module)
 
     def on_log(self, trainer: Trainer, pl_module: Module, metrics: dict[str, float], step: int) -> None:
-        if trainer.is_global_zero:
+        if self._writes(trainer):
             self.log_metrics(metrics, step)
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         self._run_failed = True
 
     def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
-        if trainer.is_global_zero:
+        if self._writes(trainer):
             self.finalize("failed" if self._run_failed else "success")
+
+    def _writes(self, trainer: Trainer) -> bool:
+        return trainer.is_global_zero and not trainer.fast_dev_run
 
     def _start(self, trainer: Trainer, pl_module: Module) -> None:
         if self._run_started:
             return
         self._run_started = True
         hparams = hparams_of(pl_module, trainer.datamodule)
-        if trainer.is_global_zero:
+        if self._writes(trainer):
             if hparams is not None:
                 self.log_hyperparams(hparams)
             self.log_graph(pl_module)

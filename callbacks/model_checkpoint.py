@@ -119,8 +119,14 @@ class ModelCheckpoint(Callback):
 
     # --- when --------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self._find_dirpath(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            self._find_dirpath(trainer)  # a run that is resumed goes on in its own folder
+
+    def _find_dirpath(self, trainer: Trainer) -> None:
         dirpath = self._given_dirpath or _absolute(join(str(trainer.log_dir), "checkpoints"))
         if self.dirpath not in (None, dirpath):  # this object served another run before, whose files are not ours
             self._forget()

@@ -145,6 +145,7 @@ class TensorBoardLogger(FolderLogger):
         return super().state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn == "fit" and "global_step" in checkpoint:
             self._close()  # the writer that goes on is made with the step from which on older events are void
             self._purge_step = checkpoint["global_step"] + 1

@@ -251,12 +251,21 @@ class WandbLogger(Logger):
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._replayed = None
-        if self._experiment is None and trainer.is_global_zero:
-            before = _Written.read(self._note_path())
-            if before is not None and self._id in (None, before.id):
-                self._id = before.id
-                self._replayed = before if stage == "fit" else None
-                self._written = before.copy()
+        self._find_written(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._find_written(trainer)
+
+    def _find_written(self, trainer: Trainer) -> None:
+        """Take up the run that was in this folder before, in another process."""
+        if self._experiment is not None or not self._writes(trainer):
+            return
+        before = _Written.read(self._note_path())
+        if before is not None and self._id in (None, before.id):
+            self._id = before.id
+            self._replayed = before if trainer.state.fn == "fit" else None
+            self._written = before.copy()
 
     def _note_written(self) -> None:
         self._written.id = self.experiment.id

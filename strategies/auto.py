@@ -67,9 +67,9 @@ def _accelerator_kind(accelerator: str) -> str:
         return "cpu"
     if accelerator in ("gpu", "cuda", "mps", "xpu", "hpu", "tpu", "npu"):
         if present is None or accelerator not in ("gpu", present.type):
+            there = "no accelerator" if present is None else present.type
             raise ConfigurationError(
-                f"accelerator={accelerator!r}, but this machine has {'no accelerator' if present is None else present.type}"
-                " that torch can use. Use accelerator='auto' or 'cpu'."
+                f"accelerator={accelerator!r}, but torch finds {there} on this machine. Use accelerator='auto' or 'cpu'."
             )
         return present.type
     near = difflib.get_close_matches(accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "xpu"], 1, 0)
@@ -102,13 +102,16 @@ def _device_indices(
             raise ConfigurationError(f"devices={devices} is too few. Use a number of at least 1, -1 or 'auto'.")
         if available is not None and devices > available:
             raise ConfigurationError(
-                f"devices={devices}, but this machine has {available} {kind} device(s). Use devices={available} or 'auto'."
+                f"devices={devices}, but this machine has {available} {kind} device(s). Use devices={available}, or 'auto'"
+                " for all."
             )
         return list(range(devices))
     if isinstance(devices, (list, tuple)) and devices and all(isinstance(i, int) and i >= 0 for i in devices):
         missing = [i for i in devices if available is not None and i >= available]
         if missing or len(set(devices)) < len(devices):
-            raise ConfigurationError(f"devices={devices!r}: this machine has {kind} devices 0 to {(available or 1) - 1}, each once.")
+            raise ConfigurationError(
+                f"devices={devices!r}: this machine has {kind} devices 0 to {(available or 1) - 1}, each once."
+            )
         return list(devices)
     raise ConfigurationError(f"devices={devices!r} is not understood. Use a number, a list of indices, -1 or 'auto'.")
 
@@ -133,7 +136,8 @@ def _check_launched(ranks_here: int, devices: object, num_nodes: int, cluster: C
         )
     if num_nodes not in (1, cluster.num_nodes):
         raise ConfigurationError(
-            f"num_nodes={num_nodes}, but {cluster.found_by} started {cluster.num_nodes}. Leave num_nodes out, or start {num_nodes}."
+            f"num_nodes={num_nodes}, but {cluster.found_by} started {cluster.num_nodes}. Leave num_nodes out, or start "
+            f"{num_nodes}."
         )
 
 

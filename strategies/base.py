@@ -49,6 +49,8 @@ class Strategy:
     sharded = False
     #: True where more than one process may take part.
     distributed = False
+    #: True: BatchNorm layers are replaced by ones whose statistics are those of all ranks.
+    sync_batchnorm = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -143,7 +145,7 @@ class Strategy:
 
     def idle_backward(self) -> None:
         """Take part in the window's reduction with gradients of zero; called where a rank has no loss."""
-        zero_loss(self.module).backward()  # type: ignore[no-untyped-call]
+        zero_loss(self.module).backward()
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average `.grad` over the ranks in one flat all-reduce; for manual optimization."""
@@ -164,9 +166,7 @@ class Strategy:
             return None
         return nn.utils.clip_grad_norm_(parameters, value)
 
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any
-    ) -> bool:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> bool:
         """Step; False when the fp16 scaler skipped it because gradients overflowed (one host read, torch's own)."""
         if self.scaler is None:
             if closure is None:
@@ -217,18 +217,30 @@ class Strategy:
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """`tensor` reduced over the ranks in place; `op` is "sum", "mean", "min" or "max"."""
         if self.world_size > 1:
-            named = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+            named = {
+                "sum": dist.ReduceOp.SUM,
+                "mean": dist.ReduceOp.SUM,
+                "min": dist.ReduceOp.MIN,
+                "max": dist.ReduceOp.MAX,
+            }
             dist.all_reduce(tensor, named[op])
             if op == "mean":
                 tensor /= self.world_size
         return tensor
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Equal shapes of all ranks stacked: (world_size, *shape); on one rank the tensor itself."""
+    def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
+        """Equal shapes of all ranks stacked: (world_size, *shape); on one rank the tensor itself.
+
+        With `sync_grads` the result is differentiable: each rank's gradient is the sum over all ranks' results.
+        """
         if self.world_size == 1:
             return tensor
+        if sync_grads:
+            from torch.distributed.nn import functional  # at import it would cost every user time
+
+            return torch.stack(list(functional.all_gather(tensor.contiguous())))
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(rows, tensor.contiguous())
+        dist.all_gather(rows, tensor.detach().contiguous())
         return torch.stack(rows)
 
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
@@ -263,7 +275,9 @@ def _join(device: torch.device, cluster: Cluster) -> None:
             )
         return
     os.environ.update(rendezvous_environment(cluster))
-    backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    backend = (
+        "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    )
     try:
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:

@@ -41,5 +41,5 @@ class Channel:
         if self._group is None:
             return Message(vector[None])
         rows = torch.empty(self._world_size, len(vector), dtype=vector.dtype)
-        work = dist.all_gather_into_tensor(rows, vector, group=self._group, async_op=True)
+        work = dist.all_gather(list(rows.unbind()), vector, group=self._group, async_op=True)
         return Message(rows, work)

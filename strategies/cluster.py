@@ -61,7 +61,9 @@ def find_cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
             world_size=int(env["OMPI_COMM_WORLD_SIZE"]),
             local_rank=int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
             local_world_size=local,
-            node_rank=int(env.get("OMPI_COMM_WORLD_NODE_RANK", rank // local)) if "PMIX_RANK" not in env else rank // local,
+            node_rank=int(env.get("OMPI_COMM_WORLD_NODE_RANK", rank // local))
+            if "PMIX_RANK" not in env
+            else rank // local,
             found_by="MPI",
         )
     return None

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import ConfigurationError
 from .base import Strategy, register_strategy, zero_loss
+from .precision import Precision
 
 
 class _Steps(nn.Module):
@@ -45,6 +47,16 @@ class DDP(Strategy):
         self._options = {"gradient_as_bucket_view": True, **ddp_options}
         self._wrapped: DistributedDataParallel | None = None
         self._trainable: list[bool] = []
+
+    def place(self, module: nn.Module, precision: Precision) -> None:
+        """As the base class does, and with BatchNorm layers over all ranks if `sync_batchnorm` asks for them."""
+        if self.sync_batchnorm and self.world_size > 1:
+            if self.device.type == "cpu":
+                raise ConfigurationError(
+                    "sync_batchnorm=True: torch has no SyncBatchNorm on the CPU. Leave it out there."
+                )
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        super().place(module, precision)
 
     def wrap(self) -> None:
         """Wrap the module in DistributedDataParallel, which copies rank 0's weights to all; needed again only when
@@ -92,7 +104,10 @@ class DDP(Strategy):
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat)
         flat /= self.world_size
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads, strict=True)])
+        torch._foreach_copy_(
+            grads,
+            [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads, strict=True)],
+        )
 
 
 register_strategy("ddp_find_unused_parameters_true", find_unused_parameters=True)(DDP)

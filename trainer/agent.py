@@ -1,7 +1,7 @@
 """`run_ranks`: run a command as the ranks of a job on this machine, and answer with the job's exit code.
 
 The engine is torch's elastic agent, the one inside torchrun: it makes the store, hands out ranks and environment, and
-starts and watches the processes. Ours is how a job ends. Read `_Agent._monitor_workers`, then `_verdict`.
+starts and watches the processes. Ours is how a job ends: read `_Agent._monitor_workers`, then `verdict.py`.
 
 The surprise: every rank leads a session of its own, so Ctrl-C reaches this process alone. Signals only set a flag
 here, for an exception in the middle of starting four ranks would leave two behind.
@@ -20,7 +20,6 @@ import time
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,9 +33,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from ..errors import LaunchError
 from .faults import LAUNCHER_FOLDER, ranks_in_a_run, read_reports
-
-RESUMABLE = 75
-"""The exit code of a rank that saved its state and asks to be started again."""
+from .verdict import RESUMABLE, JobEnd, RankEnd, verdict
 
 GRACE_SECONDS = {signal.SIGINT: 10.0, signal.SIGTERM: 30.0}
 """How long ranks may take to end after Ctrl-C, and after SIGTERM, when they may have a checkpoint to write."""
@@ -46,8 +43,6 @@ RENDEZVOUS_SECONDS = 900
 """How long one node waits for the others."""
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_NEVER_A_CONSEQUENCE = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
-"""Signals that end a rank for a reason of its own; NCCL's watchdog, say, aborts a rank because of another's end."""
 
 
 def run_ranks(
@@ -75,7 +70,7 @@ def run_ranks(
             return 128 + signal.SIGINT
         except (RendezvousError, DistError) as error:
             raise LaunchError(_why_no_rendezvous(num_nodes, master_addr, master_port, error)) from error
-        code, message = _verdict(agent)
+        code, message = verdict(agent.end())
     if message:
         sys.stderr.write(message)
         sys.stderr.flush()
@@ -122,16 +117,16 @@ class _Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, console: LogsSpecs, folder: Path, node_rank: int, num_nodes: int) -> None:
         super().__init__(spec, logs_specs=console)
         self._num_nodes = num_nodes
-        self.folder = folder
-        self.signals = _Signals()
-        self.first_down: list[_Down] = []
-        self.other_node = ""
+        self._folder = folder
+        self._signals = _Signals()
+        self._first_down: list[RankEnd] = []
+        self._other_node = ""
         self._node = f"node {node_rank} (host {socket.gethostname()})"
         self._resumable_since: float | None = None
         self._next_look_at_nodes = 0.0
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.signals.watch()
+        self._signals.watch()
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "NONE"  # torch's handlers raise, wherever they interrupt
         started: dict[int, Any] = super()._start_workers(worker_group)
         del os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
@@ -140,26 +135,28 @@ class _Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Called ten times a second: end all ranks when there is a reason, and tell torch's agent how things are."""
         processes = self._processes()
+        for number in self._signals.to_forward():
+            _send(processes, number)
         down = [
-            _Down(worker.global_rank, process.pid, code)
+            RankEnd(worker.global_rank, process.pid, code)
             for worker, process in zip(worker_group.workers, processes, strict=True)
             if (code := process.poll())
         ]
         failed = [end for end in down if end.code != RESUMABLE]
-        for number in self.signals.to_forward():
-            _send(processes, number)
-        if self.signals.ending:
-            self.first_down = down
-            self._end_on_signal(processes, self.signals.ending[0])
-        elif failed or self._another_node_failed(worker_group.store):
-            self.first_down = failed
+        if self._signals.ending:
+            self._tell_other_nodes(worker_group.store)
+            self._end_on_signal(processes, self._signals.ending[0])
+        elif failed or self._another_node_ended(worker_group.store):
+            self._first_down = failed
             self._tell_other_nodes(worker_group.store)
             self._end(processes, signal.SIGTERM, FAILURE_GRACE_SECONDS)
-        elif down and len(down) < len(processes) and self._may_still_save():
-            return RunResult(state=WorkerState.HEALTHY)
+        elif down and any(process.poll() is None for process in processes):
+            if self._may_still_save():
+                return RunResult(state=WorkerState.HEALTHY)
+            self._end(processes, signal.SIGTERM, FAILURE_GRACE_SECONDS)
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state is not WorkerState.HEALTHY:
-            self.signals.restore()
+            self._signals.restore()
         return result
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
@@ -167,19 +164,20 @@ class _Agent(LocalElasticAgent):
         processes = self._processes()
         if any(process.poll() is None for process in processes):
             self._end(processes, signal.SIGTERM, FAILURE_GRACE_SECONDS)
-        self.signals.restore()
+        self._signals.restore()
         super()._shutdown(*args, **kwargs)
 
-    def codes(self) -> list[int | None]:
-        """The exit codes of the ranks of this node, as `subprocess` gives them."""
-        return [process.poll() for process in self._processes()]
-
-    @property
-    def aftermath(self) -> str:
-        """What came after the end of the first rank, to go on a sentence with."""
-        if self._num_nodes > 1:
-            return "; the others were ended. Where another node tells of a failure, that may be the cause"
-        return "; the other ranks were ended" if len(self._processes()) > 1 else ""
+    def end(self) -> JobEnd:
+        """How the job ended on this node."""
+        return JobEnd(
+            codes=[process.poll() for process in self._processes()],
+            first_down=self._first_down,
+            reports=read_reports(self._folder),
+            signal_number=self._signals.ending[0] if self._signals.ending else None,
+            signal_time=self._signals.time,
+            other_node=self._other_node,
+            num_nodes=self._num_nodes,
+        )
 
     def _processes(self) -> list[subprocess.Popen[bytes]]:
         context = self._pcontext
@@ -195,7 +193,7 @@ class _Agent(LocalElasticAgent):
 
     def _end_on_signal(self, processes: list[subprocess.Popen[bytes]], number: int) -> None:
         """Pass Ctrl-C on where it ends a run in order; elsewhere, as while torch is imported, it prints tracebacks."""
-        if number == signal.SIGINT and ranks_in_a_run(self.folder) == len(processes):
+        if number == signal.SIGINT and ranks_in_a_run(self._folder) == len(processes):
             self._end(processes, signal.SIGINT, GRACE_SECONDS[signal.SIGINT])
         else:
             grace = GRACE_SECONDS[signal.SIGINT if number == signal.SIGINT else signal.SIGTERM]
@@ -203,10 +201,10 @@ class _Agent(LocalElasticAgent):
 
     def _end(self, processes: list[subprocess.Popen[bytes]], number: int, grace_seconds: float) -> None:
         """Ask the ranks to end, and after a while, or at one more signal, end them and all that they started."""
-        deadline, signals = time.monotonic() + grace_seconds, len(self.signals.ending)
+        deadline, signals = time.monotonic() + grace_seconds, len(self._signals.ending)
         _send(processes, number)  # not to data loaders' workers: a rank that still saves needs them
         while any(process.poll() is None for process in processes):
-            if time.monotonic() > deadline or len(self.signals.ending) > signals:
+            if time.monotonic() > deadline or len(self._signals.ending) > signals:
                 break
             time.sleep(0.01)
         for process in processes:
@@ -216,32 +214,36 @@ class _Agent(LocalElasticAgent):
             with suppress(subprocess.TimeoutExpired):  # a process that hangs in a driver cannot be waited for
                 process.wait(FAILURE_GRACE_SECONDS)
 
-    def _another_node_failed(self, store: Any) -> bool:
+    def _another_node_ended(self, store: Any) -> bool:
         """Look into the store of the job once a second; torch's agents do not tell each other."""
         if self._num_nodes == 1 or time.monotonic() < self._next_look_at_nodes:
             return False
         self._next_look_at_nodes = time.monotonic() + 1
         try:
-            if store.check([_FAILED_NODE]):
-                self.other_node = store.get(_FAILED_NODE).decode()
+            if store.check([_ENDED_NODE]):
+                self._other_node = store.get(_ENDED_NODE).decode()
         except DistError:
-            self.other_node = "node 0, which cannot be reached any more,"
-        return bool(self.other_node)
+            self._other_node = "node 0, which cannot be reached any more,"
+        return bool(self._other_node)
 
     def _tell_other_nodes(self, store: Any) -> None:
-        if self._num_nodes > 1 and not self.other_node:
+        if self._num_nodes > 1 and not self._other_node:
             with suppress(DistError):  # node 0 is gone, and with it the job
-                store.set(_FAILED_NODE, self._node)
+                store.set(_ENDED_NODE, self._node)
 
 
-_FAILED_NODE = "paceline/failed_node"
+_ENDED_NODE = "paceline/ended_node"
 
 
 class _Signals:
-    """The signals that came in while ranks ran. Whoever ignores one, as nohup does with SIGHUP, goes on ignoring it."""
+    """The signals that came in while ranks ran; `time` is the first's.
+
+    Whoever ignores one, as nohup does with SIGHUP, goes on ignoring it.
+    """
 
     def __init__(self) -> None:
         self.ending: list[int] = []
+        self.time = 0.0
         self._forward: list[int] = []
         self._before: dict[int, Any] = {}
 
@@ -267,54 +269,11 @@ class _Signals:
         return taken
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        (self._forward if number == signal.SIGUSR1 else self.ending).append(number)
-
-
-@dataclass(frozen=True)
-class _Down:
-    """A rank that has ended; the code is subprocess's: minus the number where a signal ended it."""
-
-    rank: int
-    pid: int
-    code: int
-
-    @property
-    def exit_code(self) -> int:
-        return self.code if self.code > 0 else 128 - self.code
-
-    def __str__(self) -> str:
-        rank = f"rank {self.rank} (pid {self.pid}, host {socket.gethostname()})"
-        if self.code > 0:
-            return f"{rank} ended with exit code {self.code}"
-        name = signal.Signals(-self.code).name
-        hint = " (out of memory? the kernel's log tells)" if -self.code == signal.SIGKILL else ""
-        return f"{rank} was killed by {name}{hint}"
-
-
-def _verdict(agent: _Agent) -> tuple[int, str]:
-    """The exit code of the job and what to print about its end."""
-    codes = agent.codes()
-    if agent.signals.ending:
-        return (RESUMABLE if RESUMABLE in codes else 128 + agent.signals.ending[0]), ""
-    if all(code in (0, RESUMABLE) for code in codes):
-        return max(code or 0 for code in codes), ""
-    if agent.other_node:
-        return 1, f"{agent.other_node} failed, so the ranks of this node were ended. Its output tells why.\n"
-    if not agent.first_down:  # 75 from some ranks, and the others never ended
-        return RESUMABLE, ""
-    reports = read_reports(agent.folder)
-    text = next((report.text for report in reports if report.text), "")
-    explained = {report.rank for report in reports}
-    silent = [down for down in agent.first_down if down.rank not in explained]
-    killed = [down for down in silent if -down.code in _NEVER_A_CONSEQUENCE]
-    raised = [down for down in silent if down.code > 0]  # outside a run: Python has printed the traceback
-    if killed:
-        return killed[0].exit_code, f"{killed[0]}{agent.aftermath}.\n"
-    if raised:
-        return raised[0].exit_code, f"{text}{raised[0]}{agent.aftermath}.\n"
-    if text:
-        return 1, text
-    return agent.first_down[0].exit_code, f"{agent.first_down[0]}{agent.aftermath}.\n"
+        if number == signal.SIGUSR1:
+            self._forward.append(number)
+        else:
+            self.time = self.time or time.time()
+            self.ending.append(number)
 
 
 def _send(processes: Iterable[subprocess.Popen[bytes]], number: int) -> None:
@@ -353,7 +312,7 @@ def _environment(devices: int, folder: Path) -> dict[str, str]:
 
 
 def _quieten_torch() -> None:
-    """Keep the agent's log from the terminal: it tells in many lines what `_verdict` says in one. LOGLEVEL shows it."""
+    """Keep the agent's log, many lines for what the verdict says in one, from the terminal. LOGLEVEL brings it back."""
     if "LOGLEVEL" not in os.environ:
         logger = logging.getLogger("torch.distributed.elastic")
         logger.addHandler(logging.NullHandler())

@@ -61,16 +61,24 @@ def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
             instead = REMOVED_ARGUMENTS[name].format(value=value)
             raise UnknownArgumentError(f"Trainer({name}={value!r}) is not an argument (any more). Write {instead}.")
         near = difflib.get_close_matches(name, list(known), 1, 0)
-        raise UnknownArgumentError(f"Trainer({name}={value!r}): there is no argument {name!r}. Did you mean {near[0]!r}?")
+        raise UnknownArgumentError(
+            f"Trainer({name}={value!r}): there is no argument {name!r}. Did you mean {near[0]!r}?"
+        )
 
 
 def check_limit(name: str, value: Any) -> int | float | None:
     """A number of batches (int) or a fraction of them (float from 0 to 1)."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (isinstance(value, float) and value > 1):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value < 0
+        or (isinstance(value, float) and value > 1)
+    ):
         raise ConfigurationError(
-            f"{name}={value!r} is neither a number of batches (an int from 0) nor a fraction of them (a float from 0.0 to 1.0)."
+            f"{name}={value!r} is neither a number of batches (an int from 0) nor a fraction of them (a float from 0.0 to "
+            "1.0)."
         )
     return value
 
@@ -94,7 +102,9 @@ def parse_seconds(name: str, value: Any) -> float | None:
     if isinstance(value, str):
         match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", value.strip())
         if match is None:
-            raise ConfigurationError(f"{name}={value!r} is not of the form 'DD:HH:MM:SS', as '00:01:30:00' for 90 minutes.")
+            raise ConfigurationError(
+                f"{name}={value!r} is not of the form 'DD:HH:MM:SS', as '00:01:30:00' for 90 minutes."
+            )
         days, hours, minutes, seconds = map(int, match.groups())
         value = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
     if isinstance(value, dict):
@@ -113,7 +123,9 @@ def check_clipping(value: Any, algorithm: Any) -> tuple[float | None, str | None
     if algorithm not in (None, "norm", "value"):
         raise ConfigurationError(f"gradient_clip_algorithm={algorithm!r} is not known. Use 'norm' or 'value'.")
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
-        raise ConfigurationError(f"gradient_clip_val={value!r} is not a number of at least 0. Use None for no clipping.")
+        raise ConfigurationError(
+            f"gradient_clip_val={value!r} is not a number of at least 0. Use None for no clipping."
+        )
     return (value or None), algorithm
 
 
@@ -160,8 +172,9 @@ class Arguments:
             _check_barebones(given)
         if given["global_batch_size"] is not None and given["accumulate_grad_batches"] is not None:
             raise ConfigurationError(
-                f"accumulate_grad_batches={given['accumulate_grad_batches']} and global_batch_size={given['global_batch_size']} "
-                "contradict each other: the first is derived from the second. Give one of them."
+                f"accumulate_grad_batches={given['accumulate_grad_batches']} and "
+                f"global_batch_size={given['global_batch_size']} contradict each other: the first is derived from the "
+                "second. Give one of them."
             )
         clip_value, clip_algorithm = check_clipping(given["gradient_clip_val"], given["gradient_clip_algorithm"])
         fast = check_count("fast_dev_run", int(given["fast_dev_run"]), 0)
@@ -170,8 +183,8 @@ class Arguments:
         interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
         if n_epoch is None and isinstance(interval, float):
             raise ConfigurationError(
-                f"check_val_every_n_epoch=None counts micro-batches across epochs, so val_check_interval={interval!r} must be "
-                "a number of them (an int)."
+                f"check_val_every_n_epoch=None counts micro-batches across epochs, so val_check_interval={interval!r} "
+                "must be a number of them (an int)."
             )
         return cls(
             max_epochs=1 if fast else _optional_count("max_epochs", given["max_epochs"], 0, (-1,)),
@@ -234,8 +247,8 @@ class Arguments:
         for name in ("gradient_clip_val", "global_batch_size"):
             if getattr(self, name) is not None:
                 raise ConfigurationError(
-                    f"{name}={getattr(self, name)} cannot be used with manual optimization (automatic_optimization = False). "
-                    "Do it in training_step, where the gradients are."
+                    f"{name}={getattr(self, name)} cannot be used with manual optimization (automatic_optimization = "
+                    "False). Do it in training_step, where the gradients are."
                 )
         if self.accumulate_grad_batches != 1:
             raise ConfigurationError(
@@ -269,10 +282,15 @@ def _log_every(value: Any, barebones: bool) -> int:
 
 
 def _check_interval(value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or (isinstance(value, float) and value > 1):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value <= 0
+        or (isinstance(value, float) and value > 1)
+    ):
         raise ConfigurationError(
-            f"val_check_interval={value!r} is neither a number of micro-batches (an int from 1) nor a fraction of the epoch "
-            "(a float up to 1.0)."
+            f"val_check_interval={value!r} is neither a number of micro-batches (an int from 1) nor a fraction of the "
+            "epoch (a float up to 1.0)."
         )
     return value
 
@@ -281,4 +299,6 @@ def _check_barebones(given: Mapping[str, Any]) -> None:
     for name in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary", "logger", "log_every_n_steps",
                  "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler"):  # fmt: skip
         if given[name]:
-            raise ConfigurationError(f"barebones=True switches {name} off, but {name}={given[name]!r} asks for it. Leave one out.")
+            raise ConfigurationError(
+                f"barebones=True switches {name} off, but {name}={given[name]!r} asks for it. Leave one out."
+            )

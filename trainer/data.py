@@ -39,7 +39,8 @@ class Window:
     """The micro-batches of one optimizer step on this rank.
 
     `batches` yields at least `len(scales)` batches; `scales` are the factors of their mean losses (a number, or a 0-d
-    device tensor), `weights` how much each counts (None: found from the batch when asked for). `samples` over all ranks.
+    device tensor), `weights` how much each counts (None: found from the batch when asked for); `samples` are those of
+    all ranks.
     """
 
     batches: Iterator[Any]
@@ -115,7 +116,9 @@ class PlannedData:
 
     def _batch_source(self) -> Any:
         """What draws whole batches (or, without automatic batching, single samples that are batches)."""
-        return self.user_loader.batch_sampler if self.user_loader.batch_sampler is not None else self.user_loader.sampler
+        return (
+            self.user_loader.batch_sampler if self.user_loader.batch_sampler is not None else self.user_loader.sampler
+        )
 
     def windows(self, epoch: int, first_batch: int = 0) -> Iterator[Window]:
         """The windows of `epoch` from micro-batch `first_batch` on, which must begin a window."""
@@ -210,7 +213,10 @@ class StreamedData:
         length = length_of(self.user_loader)
         if self._deal and length is not None:
             length = math.ceil(length / self._strategy.data_ranks)
-        return resolve_limit(self._settings.limit, math.inf if length is None else length, "limit_train_batches")
+        limit: int | float = resolve_limit(
+            self._settings.limit, math.inf if length is None else length, "limit_train_batches"
+        )
+        return limit
 
     def windows(self, epoch: int, first_batch: int = 0) -> Iterator[Window]:
         """The windows of `epoch`; those before `first_batch` are read and thrown away."""
@@ -359,8 +365,8 @@ def set_epoch(loader: Any, epoch: int) -> None:
         getattr(getattr(loader, "batch_sampler", None), "sampler", None),
         getattr(loader, "dataset", None),
     ):
-        if callable(getattr(part, "set_epoch", None)):
-            part.set_epoch(epoch)
+        if (told := getattr(part, "set_epoch", None)) is not None:
+            told(epoch)
 
 
 def _seed_of(loader: DataLoader[Any], seed: int) -> int:
@@ -398,11 +404,13 @@ def resolve_limit(limit: int | float | None, length: int | float, argument: str)
         return min(limit, length)
     if length == math.inf:
         raise ConfigurationError(
-            f"{argument}={limit} is a fraction, but the loader has no length. Use a number of batches, or give the loader __len__."
+            f"{argument}={limit} is a fraction, but the loader has no length. Use a number of batches, or give the loader "
+            "a __len__."
         )
     if limit and 0 < length * limit < 1:
         raise ConfigurationError(
-            f"{argument}={limit} of {length} batches is less than one. Use at least {1 / length} or a number of batches."
+            f"{argument}={limit} of {length} batches is less than one. Use at least {1 / length:.3g}, or a number of "
+            "batches."
         )
     return int(length * limit)
 
@@ -427,9 +435,7 @@ def batch_size_of(batch: Any) -> int | None:
     return len(batch) if isinstance(batch, (list, tuple)) and batch else None
 
 
-def training_data(
-    loaders: Any, strategy: Strategy, settings: DataSettings
-) -> PlannedData | StreamedData:
+def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> PlannedData | StreamedData:
     """The training data behind what a user gave: one loader, or a collection of them (see `CombinedLoader`)."""
     if isinstance(loaders, (dict, list, tuple)) and any(_is_loader(item) for item in _leaves(loaders)):
         loaders = CombinedLoader(loaders, "max_size_cycle")
@@ -437,7 +443,8 @@ def training_data(
         return _combined_data(loaders, strategy, settings)
     if not hasattr(loaders, "__iter__") and not hasattr(loaders, "__getitem__"):
         raise ConfigurationError(
-            f"The training loader is a {type(loaders).__name__}, which cannot be iterated. Pass a DataLoader or any iterable of batches."
+            f"The training loader is a {type(loaders).__name__}, which cannot be iterated. Pass a DataLoader "
+            "or any iterable of batches."
         )
     if settings.take_over and can_be_taken_over(loaders) and loaders.batch_sampler is not None:
         if settings.global_batch_size is not None:

@@ -43,7 +43,9 @@ class EvaluationBatch(NamedTuple):
 class EvaluationData:
     """One evaluation loader, dealt to the ranks."""
 
-    def __init__(self, loader: Any, strategy: Strategy, seed: int, limit: Any, argument: str, take_over: bool = True) -> None:
+    def __init__(
+        self, loader: Any, strategy: Strategy, seed: int, limit: Any, argument: str, take_over: bool = True
+    ) -> None:
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             raise ConfigurationError(
                 f"An evaluation loader is a {type(loader).__name__}, which cannot be iterated. Pass a DataLoader or "
@@ -63,7 +65,11 @@ class EvaluationData:
         rank, ranks = self._strategy.data_rank, self._strategy.data_ranks
         count = min(self.num_batches, limit)
         if self._loader is None:
-            batches = (b for b, _, _ in self.user_loader) if isinstance(self.user_loader, CombinedLoader) else self.user_loader
+            batches = (
+                (b for b, _, _ in self.user_loader)
+                if isinstance(self.user_loader, CombinedLoader)
+                else self.user_loader
+            )
             wanted = None if count == math.inf else int(count)
             step = (0, 1) if self._shared else (rank, ranks)
             for index, batch in islice(enumerate(islice(batches, wanted)), step[0], None, step[1]):

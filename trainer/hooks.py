@@ -111,7 +111,9 @@ class Hooks:
 
     def _noting(self, name: str, owner: Any, *head: Any, method: str | None = None) -> Callable[..., Any]:
         function, metrics = getattr(owner, method or name), self._metrics
-        if name.endswith(("_batch_start", "_batch_end")) and name.startswith(("on_validation", "on_test", "on_predict")):
+        if name.endswith(("_batch_start", "_batch_end")) and name.startswith(
+            ("on_validation", "on_test", "on_predict")
+        ):
             function = without_missing(function, len(head) + (4 if name.endswith("_end") else 3), "dataloader_idx")
 
         def hook(*args: Any) -> Any:
@@ -141,7 +143,9 @@ def without_missing(function: Callable[..., Any], most: int, *optional: str) -> 
     by_keyword = [name for name in optional if name in keyword_only]
     if by_keyword:
         places = {name: most - len(optional) + i for i, name in enumerate(optional)}
-        return lambda *args: function(*args[:taken], **{n: args[places[n]] for n in by_keyword if places[n] < len(args)})
+        return lambda *args: function(
+            *args[:taken], **{n: args[places[n]] for n in by_keyword if places[n] < len(args)}
+        )
     return lambda *args: function(*args[:taken])
 
 
@@ -164,8 +168,10 @@ def check_names(obj: Callback | Module | DataModule, base: type) -> None:
             )
 
 
-_LOOK_ALIKE = {"setup", "teardown", "configure_optimizers", "configure_model", "configure_callbacks", "train_dataloader",
-               "val_dataloader", "test_dataloader", "predict_dataloader", "prepare_data", "state_dict", "load_state_dict"}  # fmt: skip
+_LOOK_ALIKE = frozenset(
+    "setup teardown configure_optimizers configure_model configure_callbacks prepare_data train_dataloader "
+    "val_dataloader test_dataloader predict_dataloader state_dict load_state_dict".split()
+)
 
 
 def _only_misspelt(name: str, hook: str) -> bool:

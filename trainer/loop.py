@@ -95,7 +95,8 @@ def train_epoch(fit: Fit) -> None:
         if fit.schedulers.monitored_by_step:
             fit.schedulers.step_monitored(step)
         if stop or step == fit.limits.max_steps:
-            return finish_epoch(fit, whole=last)
+            finish_epoch(fit, whole=last)
+            return
     else:
         if fit.validation.awaits_the_end(progress):
             fit.schedulers.end_epoch(progress.epoch)
@@ -125,7 +126,9 @@ def train_window(fit: Fit, window: Window) -> bool:
     last = len(window.scales) - 1
     metrics.window += 1
     stepper.begin(window)
-    for index, scale, weight, batch in zip(range(last + 1), window.scales, window.weights, window.batches, strict=False):
+    for index, scale, weight, batch in zip(
+        range(last + 1), window.scales, window.weights, window.batches, strict=False
+    ):
         batch_idx = fit.batch_idx = progress.batches_in_epoch
         metrics.batch, metrics.weight = batch, weight
         for hook in hooks.on_train_batch_start:
@@ -151,7 +154,7 @@ def train_window(fit: Fit, window: Window) -> bool:
             for hook in hooks.on_before_backward:
                 hook(scaled)
             if stepper.own_backward is None:
-                scaled.backward()  # type: ignore[no-untyped-call]
+                scaled.backward()
             else:
                 stepper.own_backward(scaled)
             for hook in hooks.on_after_backward:
@@ -200,8 +203,8 @@ def loss_of(output: Any) -> Tensor | None:
     """The loss in what `training_step` returned, unless it is a tensor itself; ConfigurationError where none is."""
     if output is None:
         return None
-    if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
-        return output["loss"]
+    if isinstance(output, dict) and isinstance(loss := output.get("loss"), Tensor):
+        return loss
     held = f"a dict with keys {sorted(map(str, output))}" if isinstance(output, dict) else f"{output!r:.80}"
     raise ConfigurationError(
         f"training_step returned {held} ({type(output).__name__}). Return the loss as a scalar tensor, a dict whose "

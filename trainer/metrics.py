@@ -66,14 +66,17 @@ class Entry:
 
     @property
     def bare_name(self) -> str:
+        """The name as given, with its loader's number."""
         return self.name + self.suffix
 
     @property
     def step_name(self) -> str:
+        """The name of its step values."""
         return f"{self.name}_step{self.suffix}" if self.on_epoch else self.bare_name
 
     @property
     def epoch_name(self) -> str:
+        """The name of its epoch values."""
         return f"{self.name}_epoch{self.suffix}" if self.on_step else self.bare_name
 
     def add_to_epoch(self, value: Any, weight: float) -> None:
@@ -108,6 +111,7 @@ class Entry:
         return self.total / self.weight if self.op == "mean" else self.total
 
     def start_anew(self) -> None:
+        """Nothing of the coming epoch was logged."""
         self.window, self.values, self.weights = -1, [], []
         self.total, self.weight = None, 0.0
 
@@ -177,8 +181,8 @@ class Metrics:
             entry = entries[key] = self._new_entry(name, value, flags)
         elif entry.flags != flags:
             raise ConfigurationError(
-                f"log({name!r}) is called in {self.hook} with two sets of options (prog_bar, logger, on_step, on_epoch, "
-                f"reduce_fx, add_dataloader_idx): {entry.flags}, then {flags}. Use one set, or another name."
+                f"log({name!r}) is called in {self.hook} with two sets of options (prog_bar, logger, on_step, on_epoch,"
+                f" reduce_fx, add_dataloader_idx): {entry.flags}, then {flags}. Use one set, or another name."
             )
         if isinstance(value, Tensor):
             value = value.detach() if value.grad_fn is not None else value.detach().clone()
@@ -217,7 +221,9 @@ class Metrics:
                 "training_step, validation_step, test_step or in the hooks around their batches and epochs."
             )
         if not isinstance(name, str) or "/dataloader_idx_" in name:
-            raise ConfigurationError(f"log({name!r}): the name must be a string without '/dataloader_idx_', which we add.")
+            raise ConfigurationError(
+                f"log({name!r}): the name must be a string without '/dataloader_idx_', which we add."
+            )
         if isinstance(value, Mapping):
             raise ConfigurationError(f"log({name!r}) got a {type(value).__name__}. Use log_dict for several values.")
         default_on_step, default_on_epoch, step_possible = LOGGING_HOOKS[self.hook]
@@ -405,5 +411,9 @@ def _host_number(name: str, value: Any) -> float:
 
 
 def _no_number(name: str, value: Any) -> ConfigurationError:
-    what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
+    what = (
+        f"a tensor of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{value!r} ({type(value).__name__})"
+    )
     return ConfigurationError(f"log({name!r}) got {what}. Log single numbers: value.mean(), value.sum(), float(value).")

@@ -112,7 +112,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The backward pass."""
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        loss.backward(*args, **kwargs)
 
     def on_after_backward(self) -> None:
         """After the backward pass of a micro-batch."""

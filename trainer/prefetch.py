@@ -44,10 +44,11 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> 
         like.update(moved)
         return like
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        like = copy.copy(batch)
-        for field in dataclasses.fields(batch):
-            object.__setattr__(like, field.name, move(getattr(batch, field.name), device, dtype))
-        return like
+        moved_fields = {f.name: move(getattr(batch, f.name), device, dtype) for f in dataclasses.fields(batch)}
+        copied: Any = copy.copy(batch)
+        for name, value in moved_fields.items():
+            object.__setattr__(copied, name, value)
+        return copied
     return batch
 
 

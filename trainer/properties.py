@@ -13,8 +13,8 @@ from .state import Progress, RunningStage, TrainerFn, TrainerState
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
-    from .callback import Callback
     from .arguments import Arguments
+    from .callback import Callback
     from .data import PlannedData, StreamedData
     from .evaluate import Evaluation
     from .loop import Fit
@@ -265,7 +265,7 @@ class TrainerProperties:
     @property
     def world_size(self) -> int:
         """Processes of the job: those that run, or will be started."""
-        return max(self.strategy.world_size, self._choice.ranks_here * self._choice.num_nodes)
+        return max(self.strategy.world_size, int(self._choice.ranks_here * self._choice.num_nodes))
 
     @property
     def num_nodes(self) -> int:
@@ -346,7 +346,7 @@ class TrainerProperties:
     @property
     def progress_bar_callback(self) -> Any:
         """The progress bar, or None."""
-        return next((callback for callback in self.callbacks if hasattr(callback, "init_train_tqdm") or hasattr(callback, "get_metrics")), None)  # fmt: skip
+        return next((callback for callback in self.callbacks if hasattr(callback, "get_metrics")), None)
 
     @property
     def enable_validation(self) -> bool:

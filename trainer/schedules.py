@@ -87,8 +87,8 @@ class ValidationTimes:
         if isinstance(self._interval, int):
             if self._every_n_epochs is not None and self._interval > num_batches:
                 raise ConfigurationError(
-                    f"val_check_interval={self._interval} is more than the {num_batches} micro-batches of an epoch. Use "
-                    f"at most {num_batches}, or check_val_every_n_epoch=None to count across epochs."
+                    f"val_check_interval={self._interval} is more than the {num_batches} micro-batches of an epoch. "
+                    f"Use at most {num_batches}, or check_val_every_n_epoch=None to count across epochs."
                 )
             self._batches = self._interval
         elif num_batches == math.inf:

@@ -162,7 +162,8 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
     def agree_to_stop() -> None:
         trainer.should_stop = True
 
-    stepper = Stepper(module, strategy, hooks, metrics, optimizers, arguments.gradient_clip_val, arguments.gradient_clip_algorithm)  # fmt: skip
+    clipping = arguments.gradient_clip_val, arguments.gradient_clip_algorithm
+    stepper = Stepper(module, strategy, hooks, metrics, optimizers, *clipping)
     validation = _validation(trainer, module, val_loaders)
     fit = Fit(
         strategy=strategy,
@@ -177,7 +178,9 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
             trainer.reduced_metrics,
             lambda hook: setattr(metrics, "hook", hook),
         ),
-        validation=ValidationTimes(validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch),
+        validation=ValidationTimes(
+            validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch
+        ),
         stepper=stepper,
         prepare_epoch=lambda: _prepare_epoch(trainer, fit, module),
         validate=lambda: trainer.validate_inside_fit(),
@@ -223,7 +226,9 @@ def _device_stream(trainer: Trainer, module: Module, loader: Any) -> Callable[[I
     if transfer is None:
         return None
     device = trainer.strategy.device
-    looks_ahead = device.type == "cuda" and getattr(loader, "num_workers", 0) > 0 and not _transfer_hooks(trainer, module)
+    looks_ahead = (
+        device.type == "cuda" and getattr(loader, "num_workers", 0) > 0 and not _transfer_hooks(trainer, module)
+    )
     if looks_ahead:
         return lambda batches: prefetch.ahead(batches, transfer, device)
     return lambda batches: map(transfer, batches)
@@ -310,7 +315,12 @@ def prepare_evaluation(trainer: Trainer, module: Module, fn: str, loaders: Any) 
     source = loaders if loaders is not None else _from_hooks(trainer, module, f"{short}_dataloader")
     setattr(trainer, f"{short}_dataloaders", source)
     data = evaluation_data(
-        source, strategy, trainer.seed, arguments.limit_of(short), f"limit_{short}_batches", arguments.use_distributed_sampler
+        source,
+        strategy,
+        trainer.seed,
+        arguments.limit_of(short),
+        f"limit_{short}_batches",
+        arguments.use_distributed_sampler,
     )
     step = without_missing(getattr(module, f"{stage}_step"), 3, "batch_idx", "dataloader_idx")
     inside_fit = trainer.state.fn is TrainerFn.FITTING
@@ -336,9 +346,7 @@ def prepare_call(trainer: Trainer, module: Module, fn: str, loaders: Any, ckpt_p
 
 # --- where loaders come from -----------------------------------------------------------------------------------
 def _has_hook(trainer: Trainer, module: Module, name: str) -> bool:
-    return any(
-        owner is not None and overridden(owner, name, DataHooks) for owner in (trainer.datamodule, module)
-    )
+    return any(owner is not None and overridden(owner, name, DataHooks) for owner in (trainer.datamodule, module))
 
 
 def _from_hooks(trainer: Trainer, module: Module, name: str) -> Any:
@@ -348,8 +356,8 @@ def _from_hooks(trainer: Trainer, module: Module, name: str) -> Any:
             return getattr(owner, name)()
     what = name.removesuffix("_dataloader")
     raise ConfigurationError(
-        f"There is no {what} data: pass a loader to {trainer.state.fn}(), or define {name}() in {type(module).__name__} "
-        "or in a data module."
+        f"There is no {what} data: pass a loader to {trainer.state.fn}(), or define {name}() in "
+        f"{type(module).__name__} or in a data module."
     )
 
 

@@ -160,7 +160,7 @@ class Stepper:
                 output = self.fit.training_step(batch, batch_idx)
                 loss = output if isinstance(output, Tensor) else output["loss"]
                 scaled = self._strategy.scale(loss * scale)
-                scaled.backward()  # type: ignore[no-untyped-call]
+                scaled.backward()
                 self._loss = scaled.detach() if self._loss is None else self._loss + scaled.detach()
         self._strategy.unscale_gradients(self._optimizer)
 
@@ -175,7 +175,7 @@ class Stepper:
         for hook in self._hooks.on_before_backward:
             hook(scaled)
         if self.own_backward is None:
-            scaled.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+            scaled.backward(*args, **kwargs)
         else:
             self.own_backward(scaled, *args, **kwargs)
         self._strategy.average_gradients(self._module.parameters())

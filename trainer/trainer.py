@@ -101,8 +101,9 @@ class Trainer(TrainerProperties):
         self._cluster = find_cluster()
         self._choice = choose(strategy, accelerator, devices, num_nodes, self._cluster, launch.is_possible())
         self.strategy = self._choice.strategy
-        self.strategy.take_place(self._choice.device_of(0 if self._cluster is None else self._cluster.local_rank), self._cluster)
-        self.strategy.sync_batchnorm = sync_batchnorm
+        local_rank = 0 if self._cluster is None else self._cluster.local_rank
+        self.strategy.take_place(self._choice.device_of(local_rank), self._cluster)
+        self.strategy.sync_batchnorm |= sync_batchnorm
         self._connected = False
 
         self.state = TrainerState()
@@ -260,7 +261,7 @@ class Trainer(TrainerProperties):
 
     def set_callbacks(self, callbacks: list[Callback]) -> None:
         """Checkpoint callbacks go last, so that they save what the others changed."""
-        saving = [cb for cb in callbacks if isinstance(cb, builtin.ModelCheckpoint)]
+        saving: list[Callback] = [cb for cb in callbacks if isinstance(cb, builtin.ModelCheckpoint)]
         self.callbacks = [cb for cb in callbacks if cb not in saving] + saving
         _refuse_equal_keys(self.callbacks)
 
@@ -306,7 +307,8 @@ class Trainer(TrainerProperties):
         micro, accumulate = data.batch_size, self.data_settings.accumulate
         ranks = strategy.data_ranks
         if self.arguments.global_batch_size is not None:
-            batch = f"global batch {self.arguments.global_batch_size} over {ranks} rank(s) in micro-batches of at most {micro}"
+            whole = self.arguments.global_batch_size
+            batch = f"global batch {whole} over {ranks} rank(s) in micro-batches of at most {micro}"
         elif micro is None:
             batch = f"global batch = your batches x {accumulate} x {ranks}"
         else:
@@ -320,7 +322,11 @@ class Trainer(TrainerProperties):
 
     def whereabouts(self) -> str:
         """Where the run is, for messages."""
-        if self.state.fn is TrainerFn.FITTING and self.fit_run is not None and self.state.stage is RunningStage.TRAINING:
+        if (
+            self.state.fn is TrainerFn.FITTING
+            and self.fit_run is not None
+            and self.state.stage is RunningStage.TRAINING
+        ):
             return f"epoch {self.progress.epoch}, batch {self.fit_run.batch_idx}"
         run = self.validation if self.state.fn is TrainerFn.FITTING else self.evaluation
         stage = str(self.state.stage)

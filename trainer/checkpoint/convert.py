@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .blocks import BlockReader
 from .load import load, read_safetensors
 from .pointer import resolve_pointer
 from .storage import Storage, storage_of
@@ -76,8 +74,6 @@ def _from_torch(path: str, content: Any, replaced: list[Any]) -> Weights:
 
 def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, list[Any]]:
     """What torch's weights-only reader makes of a file, and the objects in it that only stand in for others."""
-    with BlockReader(storage, path) as reader:
-        data = io.BytesIO(reader.read(0, reader.size))
     replaced: list[Any] = []
 
     class StandIn:
@@ -87,10 +83,11 @@ def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, l
             return made
 
     try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(data) if zipfile.is_zipfile(data) else []
-        data.seek(0)
-        with torch.serialization.safe_globals([(StandIn, name) for name in unknown]):
-            return torch.load(data, map_location=device, weights_only=True), replaced
+        with io.BufferedReader(storage.open(path)) as file:  # type: ignore[type-var]  # IO[bytes] is as raw as it needs
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if _is_zip(file) else []
+            file.seek(0)
+            with torch.serialization.safe_globals([(StandIn, name) for name in unknown]):
+                return torch.load(file, map_location=device, weights_only=True), replaced
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -105,6 +102,10 @@ def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, l
             f"{path} cannot be read as weights without executing what is in it: {(str(error) or 'empty')[:300]}. Save "
             f"its state dict as .safetensors where its code is at hand and trusted."
         ) from error
+
+
+def _is_zip(file: io.BufferedReader[Any]) -> bool:
+    return file.peek(4)[:4] == b"PK\x03\x04"
 
 
 def _without(value: Any, replaced: set[int], path: str, left_out: list[str]) -> Any:

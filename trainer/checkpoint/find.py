@@ -46,6 +46,9 @@ def _candidates(folders: Iterable[str | os.PathLike[str]]) -> tuple[list[tuple[s
             names = storage.list(place)
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as error:
+            skipped.append((place, f"the folder cannot be listed: {error.strerror or error}"))
+            continue
         for name in sorted(names):
             if not name.endswith(SUFFIX) or names[name] is not None:  # files are pointers, and checkpoints of others
                 continue

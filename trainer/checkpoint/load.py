@@ -51,8 +51,8 @@ def verify(path: str | os.PathLike[str], deep: bool = True) -> list[str]:
 
     With `deep` every byte is read and compared with its checksum; without, only lists, sizes, headers and trees are.
     """
-    storage, folder = storage_of(resolve_pointer(path))
     try:
+        storage, folder = storage_of(resolve_pointer(path))
         manifest = manifest_in(storage, folder)
     except CheckpointError as error:
         return [str(error)]
@@ -155,9 +155,7 @@ class Loaded:
     def _files(self) -> contextlib.closing[_Files]:
         return contextlib.closing(_Files(self._storage, self.path, self.manifest))
 
-    def _read(
-        self, name: str, only: set[str] | None = None, device: torch.device | str = "cpu"
-    ) -> dict[str, Tensor]:
+    def _read(self, name: str, only: set[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The tensors of a part, or only some of them."""
         part = self._part(name)
         wanted = {k: v for k, v in part.tensors.items() if only is None or k in only or _has_alias(part, k, only)}

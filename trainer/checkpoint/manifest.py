@@ -81,7 +81,7 @@ def manifest_bytes(encoded_meta: Mapping[str, Any], indexes: Sequence[str], file
             for name, file in files.items()
         },
     }
-    return write_json({**record, "crc32": zlib.crc32(write_json(record))})
+    return write_json({**record, "crc32": zlib.crc32(write_json(record))}, MANIFEST, MANIFEST_LIMIT_BYTES)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:

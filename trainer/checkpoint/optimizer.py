@@ -113,7 +113,7 @@ def _check(optimizer: Optimizer, groups: list[list[str]], tree: Mapping[str, Any
             f"groups; those that a callback added during the run must be added before the state is loaded."
         )
     place = {name: i for i, group in enumerate(groups) for name in group}
-    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+    for i, saved in enumerate(saved_groups):
         for name in saved:
             if place.get(name) != i:
                 now = "is in none" if name not in place else f"is now in group {place[name]}"
@@ -121,8 +121,10 @@ def _check(optimizer: Optimizer, groups: list[list[str]], tree: Mapping[str, Any
                     f"parameter {name!r:.200} was saved in group {i} of {kind} and {now}. Rename it back or configure "
                     f"the same groups, or start from the weights alone."
                 )
+    known = {name for saved in saved_groups for name in saved}
+    for i, group in enumerate(groups):
         for name in group:
-            if name not in saved:
+            if name not in known:
                 raise CheckpointError(
                     f"parameter {name!r:.200} is in group {i} of {kind}, but was not when the checkpoint was saved. "
                     f"Take it out of the optimizer, or start from the weights alone."

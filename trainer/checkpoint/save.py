@@ -55,8 +55,8 @@ def save(
     merge([(INDEX, index)])  # proves the cover
     encoded_meta = encode_meta(meta)
     with _errors_named(wanted), Draft(storage, wanted) as draft:
-        records = {INDEX: draft.claim(INDEX, write_json(index))}
-        records[TREES] = write_blocks(storage, draft.path(TREES), [memoryview(write_json(trees))])
+        records = {INDEX: draft.claim(INDEX, write_json(index, INDEX))}
+        records[TREES] = write_blocks(storage, draft.path(TREES), [memoryview(write_json(trees, TREES))])
         for name, pieces in itertools.chain.from_iterable(part.items() for part in files.values()):
             records[name] = write_blocks(storage, draft.path(name), file_buffers(pieces))
         return draft.commit(manifest_bytes(encoded_meta, [INDEX], records))

@@ -27,8 +27,8 @@ def changing(kind: str, path: str) -> None:
 class Storage(Protocol):
     """What checkpoints need of a place for files; paths are absolute or URLs, names are single parts of them."""
 
-    def join(self, folder: str, name: str) -> str:
-        """The path of `name` in `folder`."""
+    def join(self, folder: str, *names: str) -> str:
+        """The path of a name in `folder`; with more names, of the last in the folder of the one before."""
 
     def split(self, path: str) -> tuple[str, str]:
         """The folder of `path` and its name there."""
@@ -81,9 +81,9 @@ def storage_of(path: str | os.PathLike[str]) -> tuple[Storage, str]:
 class Disk:
     """Local and mounted file systems."""
 
-    def join(self, folder: str, name: str) -> str:
+    def join(self, folder: str, *names: str) -> str:
         """See Storage."""
-        return os.path.join(folder, name)
+        return os.path.join(folder, *names)
 
     def split(self, path: str) -> tuple[str, str]:
         """See Storage."""
@@ -99,9 +99,13 @@ class Disk:
 
     def list(self, folder: str) -> dict[str, int | None]:
         """See Storage; links count as no plain files, since they may lead out of the folder."""
+        found: dict[str, int | None] = {}
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
-        return {name: status.st_size if stat.S_ISREG(status.st_mode) else None for name, status in found}
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another process removed or renamed it meanwhile
+                    status = entry.stat(follow_symlinks=False)
+                    found[entry.name] = status.st_size if stat.S_ISREG(status.st_mode) else None
+        return found
 
     def open(self, path: str) -> IO[bytes]:
         """See Storage."""
@@ -181,9 +185,9 @@ class ObjectStore:
 
         self._fs: Any = fsspec.core.url_to_fs(url)[0]
 
-    def join(self, folder: str, name: str) -> str:
+    def join(self, folder: str, *names: str) -> str:
         """See Storage."""
-        return f"{folder}/{name}"
+        return "/".join((folder, *names))
 
     def split(self, path: str) -> tuple[str, str]:
         """See Storage."""
@@ -203,10 +207,12 @@ class ObjectStore:
     def list(self, folder: str) -> dict[str, int | None]:
         """See Storage."""
         self._fs.invalidate_cache()
-        found = self._fs.ls(folder, detail=True)
+        place = self._fs._strip_protocol(folder).rstrip("/")
+        found = {entry["name"].rstrip("/"): entry for entry in self._fs.ls(folder, detail=True)}
         return {
-            entry["name"].rstrip("/").rpartition("/")[2]: int(entry["size"]) if entry["type"] == "file" else None
-            for entry in found
+            name.rpartition("/")[2]: int(entry["size"]) if entry["type"] == "file" else None
+            for name, entry in found.items()
+            if name != place  # some tools leave an empty object in the place of a folder
         }
 
     def open(self, path: str) -> IO[bytes]:

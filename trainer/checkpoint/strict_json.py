@@ -12,16 +12,21 @@ from typing import Any, TypeVar
 from ...errors import CheckpointError
 
 MANIFEST_LIMIT_BYTES = 64 * 2**20
-TREE_LIMIT_BYTES = 2**30  # index.json and state.json: some hundred bytes a tensor
+TREE_LIMIT_BYTES = 256 * 2**20  # index.json and state.json: some hundred bytes a tensor
 
 _T = TypeVar("_T")
 _LARGEST = 2**63 - 1
 
 
-def write_json(value: Any) -> bytes:
-    """The bytes of `value`; the same value always gives the same bytes."""
+def write_json(value: Any, name: str = "", limit: int = TREE_LIMIT_BYTES) -> bytes:
+    """The bytes of `value`; the same value always gives the same bytes. More than a reader takes are refused."""
     # ASCII, because lone surrogates, which Python strings may hold, have no UTF-8.
-    return json.dumps(value, allow_nan=False, ensure_ascii=True, separators=(",", ":")).encode("ascii")
+    data = json.dumps(value, allow_nan=False, ensure_ascii=True, separators=(",", ":")).encode("ascii")
+    if len(data) > limit:
+        raise CheckpointError(
+            f"{name} would have {len(data)} bytes, the limit is {limit}. Store long lists of numbers as tensors."
+        )
+    return data
 
 
 def read_json(data: bytes, where: str) -> Any:

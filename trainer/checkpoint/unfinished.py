@@ -52,8 +52,11 @@ class Lock:
 
 
 def sweep(disk: Disk, folder: str) -> None:
-    """Remove from `folder` what killed saves of this machine left there."""
-    for name, size in disk.list(folder).items():
+    """Remove from `folder` what killed saves of this machine left there, as far as that is allowed."""
+    names: dict[str, int | None] = {}
+    with contextlib.suppress(OSError):
+        names = disk.list(folder)
+    for name, size in names.items():
         path = disk.join(folder, name)
         with _dead(path, name) as dead, contextlib.suppress(OSError):  # it stays, and harms nothing
             if dead and size is None:

@@ -34,7 +34,9 @@ class Unknown:
 
 def assert_weights(loaded: dict[str, Any]) -> None:
     assert loaded.keys() == WEIGHTS.keys()
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in WEIGHTS.items())
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in WEIGHTS.items()
+    )
 
 
 def test_a_checkpoint_of_ours_gives_weights_and_hyper_parameters(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_only_what_a_dead_process_of_this_machine_left_is_removed(tmp_path: Path
     if sys.platform != "linux":
         pytest.skip("elsewhere nothing can be proved dead")
     mine = temporary_name("mine.ckpt")
-    boot, pid, start, token = mine.rsplit("-", 4)[1:]
+    boot, pid, _, token = mine.rsplit("-", 4)[1:]
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     dead = f"{boot}-{int(gone.stdout)}-1-{token}"
     names = {

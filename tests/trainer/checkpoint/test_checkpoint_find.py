@@ -19,6 +19,7 @@ from paceline.trainer.checkpoint import (
     remove,
     resolve_pointer,
     save,
+    verify,
     write_pointer,
 )
 
@@ -101,9 +102,12 @@ def test_a_pointer_never_replaces_anything_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["../x", "/etc", "", ".", "..", ".tmp-x", "a/b", "a\\b", 3, None, ["x"]])
 def test_a_pointer_that_leads_elsewhere_is_refused(tmp_path: Path, target: object) -> None:
-    (tmp_path / "last.ckpt").write_text(json.dumps({"format": "paceline.pointer", "format_version": 1, "target": target}))
+    (tmp_path / "last.ckpt").write_text(
+        json.dumps({"format": "paceline.pointer", "format_version": 1, "target": target})
+    )
     with pytest.raises(CheckpointError, match=r"last\.ckpt"):
         load(tmp_path / "last.ckpt")
+    assert "last.ckpt" in verify(tmp_path / "last.ckpt")[0]
 
 
 def test_a_pointer_to_a_pointer_is_not_followed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint that was cut, altered or made to harm is refused by file and reason; nothing runs, no memory is taken."""
+"""A checkpoint that was cut, altered or made to harm is refused by file and reason; nothing runs."""
 
 from __future__ import annotations
 
@@ -136,7 +136,9 @@ def test_a_file_of_another_checkpoint_is_refused(path: Path, name: str, tmp_path
     state = {"rng": torch.zeros(50, dtype=torch.int64), "loops": {"t": (3, 4)}}
     model = {"w": torch.zeros(4, 3), "b": torch.zeros(3), "tied": torch.ones(3)}
     optimizer = [{"state": {"w": {"step": torch.tensor(2.0), "m": torch.zeros(4, 3)}}}]
-    other = save(tmp_path / "other" / "y", model=model, optimizer=optimizer, state=state, meta={"global_step": 6, "epoch": 1})
+    other = save(
+        tmp_path / "other" / "y", model=model, optimizer=optimizer, state=state, meta={"global_step": 6, "epoch": 1}
+    )
     shutil.copy(Path(other, name), path / name)
     assert_refused(path, name, "altered")
 
@@ -359,7 +361,11 @@ def test_no_tensor_is_made_that_the_files_could_not_fill(path: Path, monkeypatch
     read_all(path)
     assert sum(asked) <= sum(file.stat().st_size for file in path.iterdir())
     asked.clear()
-    huge = {"dtype": "float32", "shape": [2**38], "boxes": [{"file": "model.safetensors", "key": "w", "offset": [0], "shape": [2**38]}]}
+    huge = {
+        "dtype": "float32",
+        "shape": [2**38],
+        "boxes": [{"file": "model.safetensors", "key": "w", "offset": [0], "shape": [2**38]}],
+    }
     edit(path, "index.json", lambda i: i["parts"]["model"].update(w=huge))
     with pytest.raises(CheckpointError):
         load_function(path).model

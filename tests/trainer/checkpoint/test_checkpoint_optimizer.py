@@ -105,6 +105,47 @@ def test_a_restored_optimizer_goes_on_to_the_bit(make: Make, before: int, tmp_pa
     assert_same_state(optimizer.state_dict(), other.state_dict())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("resume_on", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    "options", [{}, {"fused": True}, {"capturable": True}, {"capturable": True, "lr": torch.tensor(0.01)}], ids=str
+)
+def test_state_on_a_gpu_goes_on_to_the_bit_and_also_loads_on_the_cpu(
+    options: dict[str, Any], resume_on: str, tmp_path: Path
+) -> None:
+    def make(module: nn.Module, on_gpu: bool) -> optim.Optimizer:
+        ours = {k: v.clone().cuda() if isinstance(v, Tensor) else v for k, v in options.items()}
+        return optim.AdamW(module.parameters(), **(ours if on_gpu else {}))
+
+    def gpu_steps(module: nn.Module, optimizer: optim.Optimizer, device: str) -> None:
+        for i in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(i)).to(device)
+            module(x).square().mean().backward()
+            optimizer.step()
+
+    straight = network().cuda()
+    optimizer = make(straight, True)
+    gpu_steps(straight, optimizer, "cuda")
+    names = dict(straight.named_parameters())
+    path = save(
+        tmp_path / "x",
+        model=straight.state_dict(),
+        optimizer=optimizer_state_by_name(optimizer, names),
+        meta={"global_step": 3, "epoch": 0},
+    )
+    resumed = network(seed=1).to(resume_on)
+    other = make(resumed, resume_on == "cuda")
+    loaded = load(path, device=resume_on)
+    resumed.load_state_dict(loaded.model)
+    load_optimizer_state_by_name(other, loaded.optimizer, dict(resumed.named_parameters()))
+    gpu_steps(resumed, other, resume_on)
+    if resume_on == "cuda":
+        gpu_steps(straight, optimizer, "cuda")
+        assert_same_state(optimizer.state_dict(), other.state_dict())
+        assert all(map(torch.equal, straight.state_dict().values(), resumed.state_dict().values()))
+
+
 def assert_same_state(a: Any, b: Any) -> None:
     assert type(a) is type(b), (a, b)
     if isinstance(a, Tensor):
@@ -331,5 +372,7 @@ def test_the_state_of_every_scheduler_can_be_stored_and_goes_on(
     expected = rates(first, 6)
     second = new()
     second.load_state_dict(load(path).state["scheduler"])
-    second.optimizer.param_groups[0].update({k: v for k, v in load(path).state["optimizer"][0].items() if k != "params"})
+    second.optimizer.param_groups[0].update(
+        {k: v for k, v in load(path).state["optimizer"][0].items() if k != "params"}
+    )
     assert rates(second, 6) == expected

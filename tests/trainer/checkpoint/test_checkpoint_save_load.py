@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.errors import CheckpointError
-from paceline.trainer.checkpoint import blocks, load, read_manifest, remove, save, verify
+from paceline.trainer.checkpoint import blocks, load, read_manifest, remove, save, strict_json, verify
 from paceline.trainer.checkpoint import storage as storage_module
 from paceline.trainer.checkpoint.tensors import bytes_of, host_tensor
 
@@ -242,3 +242,12 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     assert record["format"] == "paceline.checkpoint" and record["format_version"] == 1
     assert record["files"]["model.safetensors"]["size"] == Path(path, "model.safetensors").stat().st_size
     assert set(record["files"]) == {"index.json", "state.json", "model.safetensors"}
+
+
+def test_trees_larger_than_a_reader_takes_are_refused_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strict_json.write_json, "__defaults__", ("", 1000))
+    with pytest.raises(CheckpointError, match=r"state\.json would have \d+ bytes, the limit is 1000"):
+        save(tmp_path / "x", model={}, state=[1] * 1000, meta=META)
+    assert list(tmp_path.iterdir()) == []
