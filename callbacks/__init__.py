@@ -22,6 +22,7 @@ __all__ = [
     "OnExceptionCheckpoint",
     "PredictionWriter",
     "Profiler",
+    "ProgressBar",
     "RichProgressBar",
     "StochasticWeightAveraging",
     "TQDMProgressBar",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .prediction_writer import PredictionWriter
     from .prediction_writer import PredictionWriter as BasePredictionWriter
     from .profiler import Profiler
+    from .progress_bar import ProgressBar
     from .rich_progress_bar import RichProgressBar
     from .tensorboard_logger import TensorBoardLogger
     from .throughput import ThroughputMonitor
@@ -79,6 +81,7 @@ else:
             "OnExceptionCheckpoint": ".on_exception_checkpoint",
             "PredictionWriter": ".prediction_writer",
             "Profiler": ".profiler",
+            "ProgressBar": ".progress_bar",
             "RichProgressBar": ".rich_progress_bar",
             "StochasticWeightAveraging": ".weight_averaging",
             "TQDMProgressBar": ".tqdm_progress_bar",

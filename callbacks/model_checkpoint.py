@@ -35,7 +35,8 @@ class ModelCheckpoint(Callback):
 
     `filename` is a template, `{epoch}-{step}` by default; a name that is taken gets `-v1`, `-v2` ..., never another
     run's checkpoint. `monitor` is a logged metric, `mode` "min" or "max"; without one the newest counts as the best.
-    `save_top_k`: -1 keeps all, 0 none. `save_last` saves each time and keeps `last.ckpt`, a pointer to the newest.
+    `save_top_k`: -1 keeps all, 0 none. `save_last` saves each time, among the best or not, and keeps
+    `last.ckpt`, a pointer to the newest.
     When: every `every_n_epochs` epochs (the default, 1), `every_n_train_steps` updates, or `train_time_interval`;
     epochs are saved after validation where `save_on_train_epoch_end` is False; None finds that from the Trainer.
     """
@@ -163,14 +164,16 @@ class ModelCheckpoint(Callback):
         if self._waits_for_validation:
             self._waits_for_validation = False
             self._act(trainer, due=True)
-        elif not self._should_save_on_train_epoch_end(trainer):
+        elif not self._in_steps and not self._should_save_on_train_epoch_end(trainer):
             self._act(trainer, due=self._epoch_is_due(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._watch.epoch_ended = True
         if self.monitor is not None and self.save_top_k != 0 and trainer.state.fn == "fit":
             self._is_there(trainer, trainer.callback_metrics)
-        if not self._must_not_save(trainer) and self._should_save_on_train_epoch_end(trainer):
+        if self._in_steps or self._must_not_save(trainer):
+            return
+        if self._should_save_on_train_epoch_end(trainer):
             self._act(trainer, due=self._epoch_is_due(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:

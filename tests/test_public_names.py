@@ -27,7 +27,7 @@ CONTRACT = {
     "paceline.callbacks": "Callback ModelCheckpoint EarlyStopping TQDMProgressBar RichProgressBar LearningRateMonitor "
     "Timer GradientAccumulationScheduler WeightAveraging BackboneFinetuning ModelSummary DeviceStatsMonitor "
     "ThroughputMonitor PredictionWriter BasePredictionWriter LambdaCallback Profiler OnExceptionCheckpoint "
-    "StochasticWeightAveraging BaseFinetuning Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
+    "StochasticWeightAveraging BaseFinetuning ProgressBar Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
     "paceline.loggers": "Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
     "paceline.strategies": "Strategy SingleDevice DDP register_strategy",
     "paceline.trainer": "Trainer Module DataModule Callback CombinedLoader seed_everything rank_zero_only "

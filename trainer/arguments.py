@@ -77,8 +77,8 @@ def check_limit(name: str, value: Any) -> int | float | None:
         or (isinstance(value, float) and value > 1)
     ):
         raise ConfigurationError(
-            f"{name}={value!r} is neither a number of batches (an int from 0) nor a fraction of them (a float from 0.0 to "
-            "1.0)."
+            f"{name}={value!r} is neither a number of batches (an int from 0) nor a fraction of them (a float from 0.0 "
+            "to 1.0)."
         )
     return value
 

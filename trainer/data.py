@@ -7,26 +7,39 @@ so order, seeking and weights are known without reading anything. Any other iter
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
 from ..errors import ConfigurationError
 from .combined import CombinedLoader
+from .iterables import sharded
+from .loaders import (
+    IndexBatches,
+    batch_size_of,
+    can_be_taken_over,
+    draw,
+    draws_own_batches,
+    is_plain_shuffle,
+    length_of,
+    length_or_error,
+    resolve_limit,
+    seed_of,
+    set_epoch,
+    taken_over,
+)
 from .plan import DealtPlan, EpochPlan, Order, derive_micro_batches, mix_seed, permutation, sequential
 from .rank_zero import rank_zero_info
-from .rng import isolated
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
+    from ..strategies.channel import Message
 
 _WORKERS_STREAM = 0x776F726B  # "work"
 
@@ -69,7 +82,7 @@ class PlannedData:
         self.user_loader = loader
         self._strategy = strategy
         self._settings = settings
-        self._seed = mix_seed(_seed_of(loader, settings.seed), stream) if stream else _seed_of(loader, settings.seed)
+        self._seed = mix_seed(seed_of(loader, settings.seed), stream) if stream else seed_of(loader, settings.seed)
         self._indices = IndexBatches()
         self.loader = taken_over(loader, self._indices)
         self._dealt = draws_own_batches(loader)
@@ -108,9 +121,9 @@ class PlannedData:
     def _make_plan(self, ranks: int, rank: int, limit: int | None) -> EpochPlan:
         settings, loader = self._settings, self.user_loader
         if self._dealt:
-            length = _length(self._batch_source(), "its batch sampler")
+            length = length_or_error(self._batch_source(), "its batch sampler")
             return DealtPlan(length, settings.accumulate, ranks, rank, limit_batches=limit)
-        length, batch_size = _length(loader.sampler, "its sampler"), loader.batch_size or 1
+        length, batch_size = length_or_error(loader.sampler, "its sampler"), loader.batch_size or 1
         global_batch = settings.global_batch_size or batch_size * settings.accumulate * ranks
         return EpochPlan(length, global_batch, batch_size, ranks, rank, loader.drop_last, limit)
 
@@ -130,7 +143,7 @@ class PlannedData:
     def _cut_windows(self, plan: EpochPlan, epoch: int, first_batch: int) -> Iterator[Window]:
         order = self._order(plan.num_samples, epoch)
         parts = (plan.part(i) for i in range(first_batch, plan.num_batches))
-        self._indices.lists = (order[part.start : part.stop] for part in parts)
+        self._indices.lists = ((part.start, order[part.start : part.stop]) for part in parts)
         self._indices.count = plan.num_batches - first_batch
         batches = self._read(epoch, first_batch)
         full: tuple[list[float], list[float]] | None = None
@@ -149,7 +162,7 @@ class PlannedData:
         drawn = draw(self._batch_source(), self._seed, epoch, plan.num_samples)
         sizes = [len(batch) if isinstance(batch, (list, tuple)) else 1 for batch in drawn]
         parts = [plan.part(i) for i in range(first_batch, plan.num_batches)]
-        self._indices.lists = (drawn[part.start] for part in parts)
+        self._indices.lists = ((part.start, drawn[part.start]) for part in parts)
         self._indices.count = len(parts)
         batches = self._read(epoch, first_batch)
         for number in range(plan.locate(first_batch)[0], plan.num_windows):
@@ -174,6 +187,7 @@ class PlannedData:
         return _DrawnOrder(draw(sampler, self._seed, epoch, length))
 
     def _read(self, epoch: int, first_batch: int) -> Iterator[Any]:
+        self._indices.seed, self._indices.epoch = self._seed, epoch
         generator = self.loader.generator
         assert generator is not None
         generator.manual_seed(mix_seed(self._seed, _WORKERS_STREAM, epoch, first_batch))
@@ -185,16 +199,17 @@ class PlannedData:
 class StreamedData:
     """Any iterable of batches: each rank reads its own, and windows are weighed when they are full.
 
-    With several ranks every window begins with one small message; a rank that ran dry repeats its last batch with
-    weight zero until all are dry.
+    With several ranks every window begins with one small message. It is sent one window ahead where workers fetch the
+    data; without workers, fetching ahead would draw random transforms before the step that is saved. A rank that ran
+    dry repeats its last batch with weight zero until all are dry.
     """
 
     def __init__(self, loader: Any, strategy: Strategy, settings: DataSettings, deal: bool = False) -> None:
-        self.user_loader = self.loader = loader
+        self.user_loader = loader
+        self.loader = sharded(loader, strategy.data_rank, strategy.data_ranks) if settings.take_over else loader
         self._strategy = strategy
         self._settings = settings
         self._deal = deal
-        self._last: Any = None
         self.to_device: ToDevice | None = None
 
     @property
@@ -209,14 +224,22 @@ class StreamedData:
 
     @property
     def num_batches(self) -> int | float:
-        """Micro-batches of this rank in an epoch; infinity where the iterable has no length."""
-        length = length_of(self.user_loader)
+        """Micro-batches of this rank in an epoch; infinity where nobody can say."""
+        ranks = 1 if self._each_rank_its_own else self._strategy.data_ranks
+        length = None if ranks > 1 and not self._deal else length_of(self.loader)
         if self._deal and length is not None:
-            length = math.ceil(length / self._strategy.data_ranks)
+            length = math.ceil(length / ranks)
         limit: int | float = resolve_limit(
             self._settings.limit, math.inf if length is None else length, "limit_train_batches"
         )
         return limit
+
+    @property
+    def _each_rank_its_own(self) -> bool:
+        """Whether the loader's length is that of this rank's share, and alike on all ranks."""
+        loader = self.loader
+        leaves = loader.flattened if isinstance(loader, CombinedLoader) else [loader]
+        return all(isinstance(leaf, RankBatches) for leaf in leaves)
 
     def windows(self, epoch: int, first_batch: int = 0) -> Iterator[Window]:
         """The windows of `epoch`; those before `first_batch` are read and thrown away."""
@@ -227,7 +250,7 @@ class StreamedData:
             batches = (batch for batch, _, _ in batches)
         if self._deal:
             batches = islice(batches, self._strategy.data_rank, None, self._strategy.data_ranks)
-        if self.num_batches != math.inf:
+        if isinstance(self._settings.limit, int) or self.num_batches != math.inf:
             batches = islice(batches, int(self.num_batches))
         for _ in islice(batches, first_batch):
             pass
@@ -235,44 +258,70 @@ class StreamedData:
             return self._agreed_windows(batches)
         if self._settings.accumulate == 1 and self._settings.loss_weight is None:
             moved = batches if self.to_device is None else self.to_device(batches)
-            return (Window(iter((batch,)), (1.0,), (None,), self._size(batch)) for batch in moved)
+            return (Window(iter((batch,)), (1.0,), (None,), batch_size_of(batch) or 1) for batch in moved)
         return self._filled_windows(batches)
 
     def _filled_windows(self, batches: Iterator[Any]) -> Iterator[Window]:
         while held := list(islice(batches, self._settings.accumulate)):
             weights = self._weights(held)
-            samples = sum(map(self._size, held))
+            samples = sum(map(_size, held))
             yield Window(_moved(held, self.to_device), shares(weights, self._strategy), weights, samples)
 
     def _agreed_windows(self, batches: Iterator[Any]) -> Iterator[Window]:
+        strategy = self._strategy
         drop_last = bool(getattr(self.user_loader, "drop_last", False))
-        while True:
+        ahead = getattr(self.user_loader, "num_workers", 0) > 0
+        last: Any = None
+
+        def fill() -> tuple[list[Any], list[float], Message]:
             held = list(islice(batches, self._settings.accumulate))
             weights = self._weights(held)
-            facts = [float(len(held)), sum(weights), float(sum(map(self._size, held)))]
-            rows = self._strategy.channel("data").gather(torch.tensor(facts, dtype=torch.float64)).wait()
+            facts = [float(len(held)), sum(weights), float(sum(map(_size, held)))]
+            return held, weights, strategy.channel("data").gather(torch.tensor(facts, dtype=torch.float64))
+
+        first = True
+        coming = fill()
+        while True:
+            held, weights, message = coming
+            rows = message.wait()
             count = int((rows[:, 0].min() if drop_last else rows[:, 0].max()).item())
             if count == 0:
                 return
-            if held:
-                self._last = held[-1]
-            elif self._last is None:
-                raise ConfigurationError(
-                    f"The training loader of rank {self._strategy.rank} is empty, others' are not. Give every rank "
-                    "at least one batch: fewer ranks, or more shards."
-                )
+            empty = [rank for rank, row in enumerate(rows.tolist()) if row[0] == 0]
+            if first and empty:
+                _refuse_empty(empty)
+            first = False
+            last = held[-1] if held else last
+            if ahead:
+                coming = fill()
             missing = count - len(held)
-            held, weights = held[:count] + [self._last] * missing, weights[:count] + [0.0] * missing
+            held, weights = held[:count] + [last] * missing, weights[:count] + [0.0] * missing
             total = float(rows[:, 1].sum())
-            scales = [w * self._strategy.data_ranks / total if total else 0.0 for w in weights]
+            scales = [w * strategy.data_ranks / total if total else 0.0 for w in weights]
             yield Window(_moved(held, self.to_device), scales, weights, int(rows[:, 2].sum()))
+            if not ahead:
+                coming = fill()
 
     def _weights(self, batches: list[Any]) -> list[float]:
-        weigh = self._settings.loss_weight or self._size
+        weigh = self._settings.loss_weight or _size
         return [float(weigh(batch)) for batch in batches]
 
-    def _size(self, batch: Any) -> int:
-        return batch_size_of(batch) or 1
+
+def _size(batch: Any) -> int:
+    size = batch_size_of(batch)
+    if size is None:
+        raise ConfigurationError(
+            f"A batch of type {type(batch).__name__} has no size that could be found, so micro-batches cannot be "
+            "weighed. Define loss_weight(self, batch) in your module, or put a tensor into the batch."
+        )
+    return size
+
+
+def _refuse_empty(ranks: list[int]) -> None:
+    raise ConfigurationError(
+        f"The training loader of rank(s) {', '.join(map(str, ranks))} is empty, the others' are not. Give every rank "
+        "at least one batch: use fewer ranks, or more shards."
+    )
 
 
 def _moved(batches: list[Any], to_device: ToDevice | None) -> Iterator[Any]:
@@ -293,23 +342,6 @@ def shares(weights: Sequence[float], strategy: Strategy) -> Sequence[float | Ten
     return [inverse * w for w in weights]
 
 
-# --- taking a DataLoader over ----------------------------------------------------------------------------------
-
-
-class IndexBatches:
-    """The batch sampler of a loader that was taken over: yields the lists of indices that were put into it."""
-
-    def __init__(self) -> None:
-        self.lists: Iterable[Any] = ()
-        self.count = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.lists)
-
-    def __len__(self) -> int:
-        return self.count
-
-
 class _DrawnOrder(Order):
     """An order that a user's sampler drew."""
 
@@ -319,120 +351,6 @@ class _DrawnOrder(Order):
 
     def _read(self, start: int, stop: int) -> list[Any]:
         return self._indices[start:stop]
-
-
-def can_be_taken_over(loader: Any) -> bool:
-    """True for a map-style DataLoader whose sampler does not shard by rank itself."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    return not (isinstance(sampler, DistributedSampler) or isinstance(loader.sampler, DistributedSampler))
-
-
-def taken_over(loader: DataLoader[Any], indices: IndexBatches) -> DataLoader[Any]:
-    """A copy of `loader`, whatever its class, that reads what `indices` says and draws from no global stream."""
-    twin = copy.copy(loader)
-    automatic = loader.batch_sampler is not None
-    twin.__dict__["batch_sampler" if automatic else "sampler"] = indices
-    twin.__dict__["generator"] = torch.Generator()
-    twin.__dict__["_iterator"] = None
-    return twin
-
-
-def draws_own_batches(loader: DataLoader[Any]) -> bool:
-    """True when a user's batch sampler (or, with batch_size=None, the sampler) decides what a batch is."""
-    return type(loader.batch_sampler) is not BatchSampler
-
-
-def is_plain_shuffle(sampler: Any) -> bool:
-    """True for the sampler that `shuffle=True` makes."""
-    return type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
-
-
-def draw(sampler: Iterable[Any], seed: int, epoch: int, length: int) -> list[Any]:
-    """What a user's sampler draws in `epoch`: alike on all ranks, and without touching the global streams."""
-    set_epoch(sampler, epoch)
-    with isolated(mix_seed(seed, epoch)):
-        return list(islice(sampler, length))
-
-
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell whatever wants to know it which epoch begins: loader, sampler, batch sampler, data set."""
-    for part in (
-        loader,
-        getattr(loader, "sampler", None),
-        getattr(loader, "batch_sampler", None),
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
-        getattr(loader, "dataset", None),
-    ):
-        if (told := getattr(part, "set_epoch", None)) is not None:
-            told(epoch)
-
-
-def _seed_of(loader: DataLoader[Any], seed: int) -> int:
-    """The seed of the generator that the user gave the loader, if any: `DataLoader(generator=...)` stays meaningful."""
-    generator = getattr(loader.sampler, "generator", None) or loader.generator
-    return generator.initial_seed() if isinstance(generator, torch.Generator) else seed
-
-
-# --- sizes -----------------------------------------------------------------------------------------------------
-
-
-def length_of(loader: Any) -> int | None:
-    """How many batches `loader` says it has; None where it cannot say."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _length(sized: Any, what: str) -> int:
-    length = length_of(sized)
-    if length is None:
-        raise ConfigurationError(
-            f"The loader has no length: {what} ({type(sized).__name__}) has no __len__. Add one, or pass an iterable "
-            "of batches instead of a DataLoader."
-        )
-    return length
-
-
-def resolve_limit(limit: int | float | None, length: int | float, argument: str) -> Any:
-    """A number of batches: `limit` itself (an int), its fraction of `length` (a float), or all."""
-    if limit is None or (isinstance(limit, float) and limit == 1.0):
-        return length
-    if isinstance(limit, int):
-        return min(limit, length)
-    if length == math.inf:
-        raise ConfigurationError(
-            f"{argument}={limit} is a fraction, but the loader has no length. Use a number of batches, or give the loader "
-            "a __len__."
-        )
-    if limit and 0 < length * limit < 1:
-        raise ConfigurationError(
-            f"{argument}={limit} of {length} batches is less than one. Use at least {1 / length:.3g}, or a number of "
-            "batches."
-        )
-    return int(length * limit)
-
-
-def batch_size_of(batch: Any) -> int | None:
-    """The first dimension of the first tensor in `batch`; else the length of its first list; None if neither."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    if isinstance(batch, (str, bytes)):
-        return None
-    if hasattr(batch, "values") and callable(batch.values):
-        items = list(batch.values())
-    elif isinstance(batch, (list, tuple)):
-        items = list(batch)
-    elif hasattr(batch, "__dataclass_fields__"):
-        items = [getattr(batch, name) for name in batch.__dataclass_fields__]
-    else:
-        return None
-    for item in items:
-        if (size := batch_size_of(item)) is not None:
-            return size
-    return len(batch) if isinstance(batch, (list, tuple)) and batch else None
 
 
 def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> PlannedData | StreamedData:

@@ -15,7 +15,8 @@ import torch
 
 from ..errors import ConfigurationError
 from .combined import CombinedLoader
-from .data import (
+from .iterables import deals_by_rank, sharded
+from .loaders import (
     IndexBatches,
     batch_size_of,
     can_be_taken_over,
@@ -58,7 +59,9 @@ class EvaluationData:
         self.num_batches: int | float = resolve_limit(limit, math.inf if length is None else length, argument)
         self._indices = IndexBatches()
         self._loader = taken_over(loader, self._indices) if take_over and can_be_taken_over(loader) else None
-        self._shared = not take_over
+        self._whole = not take_over or deals_by_rank(loader)
+        if take_over:
+            self.user_loader = sharded(loader, 0, 1)
 
     def batches(self, limit: int | float = math.inf) -> Iterator[EvaluationBatch]:
         """This rank's batches among the first `limit` of all, in order."""
@@ -71,13 +74,14 @@ class EvaluationData:
                 else self.user_loader
             )
             wanted = None if count == math.inf else int(count)
-            step = (0, 1) if self._shared else (rank, ranks)
-            for index, batch in islice(enumerate(islice(batches, wanted)), step[0], None, step[1]):
+            first, step = (0, 1) if self._whole else (rank, ranks)
+            for index, batch in islice(enumerate(islice(batches, wanted)), first, None, step):
                 yield EvaluationBatch(index, batch, batch_size_of(batch) or 1)
             return
         lists = self._index_lists(int(count))
         mine = evaluation_batches(len(lists), rank, ranks)
-        self._indices.lists = (list(lists[i]) if isinstance(lists[i], range) else lists[i] for i in mine)
+        self._indices.lists = ((i, list(lists[i]) if isinstance(lists[i], range) else lists[i]) for i in mine)
+        self._indices.seed = self._seed
         self._indices.count = len(mine)
         generator = self._loader.generator
         assert generator is not None

@@ -169,8 +169,20 @@ def check_names(obj: Callback | Module | DataModule, base: type) -> None:
 
 
 _LOOK_ALIKE = frozenset(
-    "setup teardown configure_optimizers configure_model configure_callbacks prepare_data train_dataloader "
-    "val_dataloader test_dataloader predict_dataloader state_dict load_state_dict".split()
+    [
+        "setup",
+        "teardown",
+        "configure_optimizers",
+        "configure_model",
+        "configure_callbacks",
+        "prepare_data",
+        "train_dataloader",
+        "val_dataloader",
+        "test_dataloader",
+        "predict_dataloader",
+        "state_dict",
+        "load_state_dict",
+    ]
 )
 
 

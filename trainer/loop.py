@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from .rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -63,7 +64,9 @@ def fit(fit: Fit) -> None:
     for hook in fit.hooks.on_train_start:
         hook()
     while not fit.limits.reached(fit.progress):
-        train_epoch(fit)
+        if not train_epoch(fit):
+            rank_zero_warn("Training ends: an epoch had no batch. The loader is empty, or can be iterated only once.")
+            break
         if fit.control.stop_agreed_now():
             break
     fit.metrics.deliver(wait=True)
@@ -71,12 +74,14 @@ def fit(fit: Fit) -> None:
         hook()
 
 
-def train_epoch(fit: Fit) -> None:
-    """One pass over the data, from wherever in it the run stands; validation happens inside it."""
+def train_epoch(fit: Fit) -> bool:
+    """One pass over the data, from wherever in it the run stands; validation happens inside it. False: no data."""
     progress, metrics = fit.progress, fit.metrics
+    resumed = progress.batches_in_epoch > 0
+    window = None
     train = train_window if fit.automatic else train_by_hand
     fit.prepare_epoch()
-    if progress.batches_in_epoch == 0:
+    if not resumed:
         for hook in fit.hooks.on_train_epoch_start:
             hook()
     for window in fit.data.windows(progress.epoch, progress.batches_in_epoch):
@@ -96,12 +101,13 @@ def train_epoch(fit: Fit) -> None:
             fit.schedulers.step_monitored(step)
         if stop or step == fit.limits.max_steps:
             finish_epoch(fit, whole=last)
-            return
+            return True
     else:
         if fit.validation.awaits_the_end(progress):
             fit.schedulers.end_epoch(progress.epoch)
             fit.validate()
     finish_epoch(fit, whole=True)
+    return window is not None or resumed
 
 
 def finish_epoch(fit: Fit, whole: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .data import batch_size_of
+from .loaders import batch_size_of
 from .reduction import NEUTRAL, Capacity, HostCopy, Sum, Transfer, combine, widen
 
 if TYPE_CHECKING:

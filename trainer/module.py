@@ -134,7 +134,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step; `optimizer_closure()` returns the window's loss, computed already; calling it again repeats it."""
-        optimizer.step(optimizer_closure)  # type: ignore[arg-type]
+        optimizer.step(optimizer_closure)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step a scheduler; `metric` is the monitored one, or None."""

@@ -12,7 +12,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ SEED_VARIABLE = "PACELINE_SEED"
 WORKERS_VARIABLE = "PACELINE_SEED_WORKERS"
 _UNSEEDED = 67280421310721  # what torch.initial_seed() is while nobody has seeded
 _RANK_STREAM = 0x72616E6B  # "rank"
+_SAMPLE_STREAM = 0x73616D70  # "samp"
 
 
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
@@ -100,3 +101,32 @@ def isolated(seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         restore_random_state(state)
+
+
+# --- places in the data ------------------------------------------------------------------------------------------
+class Place(NamedTuple):
+    """Where in the data a micro-batch is: it, and nothing else, decides what is drawn for it."""
+
+    seed: int
+    epoch: int
+    position: int
+
+
+_place = Place(0, 0, 0)
+
+
+def arrive_at(place: Place, in_worker: bool) -> None:
+    """The samples of `place` are read next; a worker's three generators start from it (about 7 µs)."""
+    global _place
+    _place = place
+    if in_worker:
+        seed_generators(mix_seed(*place))
+
+
+def sample_generator(index: int) -> torch.Generator:
+    """A CPU generator for augmenting sample `index` in this epoch, in `Dataset.__getitem__`.
+
+    What it draws is a function of (seed, epoch, index) alone, so neither the number of ranks nor that of workers, nor
+    resuming, changes an augmented sample. About 4 µs.
+    """
+    return torch.Generator().manual_seed(mix_seed(_place.seed, _SAMPLE_STREAM, _place.epoch, index))

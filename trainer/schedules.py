@@ -76,12 +76,14 @@ class ValidationTimes:
         self._enabled = enabled
         self._interval = interval
         self._every_n_epochs = every_n_epochs
-        self._batches: int | float = math.inf
+        self._batches: int | float = math.inf  # at the epoch's end
+        self._ended = False
         self._seen = 0
 
     def begin_epoch(self, num_batches: int | float, progress: Progress) -> None:
         """Know the length of the coming epoch; ConfigurationError where the interval does not fit it."""
         self._seen = self._count(progress)
+        self._ended = False
         if not self._enabled:
             return
         if isinstance(self._interval, int):
@@ -91,13 +93,13 @@ class ValidationTimes:
                     f"Use at most {num_batches}, or check_val_every_n_epoch=None to count across epochs."
                 )
             self._batches = self._interval
-        elif num_batches == math.inf:
-            if self._interval != 1.0:
-                raise ConfigurationError(
-                    f"val_check_interval={self._interval} is a fraction, but the training loader has no length. Use a "
-                    "number of micro-batches."
-                )
+        elif self._interval == 1.0:
             self._batches = math.inf
+        elif num_batches == math.inf:
+            raise ConfigurationError(
+                f"val_check_interval={self._interval} is a fraction, but the training loader has no length. Use a "
+                "number of micro-batches."
+            )
         else:
             self._batches = max(1, int(num_batches * self._interval))
 
@@ -109,12 +111,13 @@ class ValidationTimes:
         if stopping:
             return True
         if self._batches == math.inf:
-            return last
+            ended, self._ended = self._ended, last
+            return last and not ended
         return self._seen // int(self._batches) > before // int(self._batches)
 
     def awaits_the_end(self, progress: Progress) -> bool:
-        """At the end of an epoch whose length nobody knew: whether validation runs now."""
-        return self._batches == math.inf and self._epoch_counts(progress)
+        """At the end of the data, sooner than its length said or without one: whether validation runs now."""
+        return self._batches == math.inf and not self._ended and self._epoch_counts(progress)
 
     def _epoch_counts(self, progress: Progress) -> bool:
         return self._enabled and (self._every_n_epochs is None or (progress.epoch + 1) % self._every_n_epochs == 0)

@@ -15,11 +15,12 @@ from . import prefetch
 from .callback import Callback
 from .checkpoint import choose, run_state
 from .control import Control
-from .data import DataSettings, training_data
+from .data import DataSettings, PlannedData, training_data
 from .datamodule import DataHooks, DataModule
 from .evaluate import Evaluation, evaluate
 from .evaluation_data import evaluation_data
 from .faults import reported
+from .fingerprint import check_alike
 from .hooks import Hooks, check_names, overridden, without_missing
 from .loop import Fit
 from .module import Module
@@ -216,6 +217,8 @@ def _training_data(trainer: Trainer, module: Module, loaders: Any) -> Any:
     trainer.train_dataloader = source
     settings = trainer.data_settings
     data = training_data(source, trainer.strategy, settings)
+    if isinstance(data, PlannedData):
+        check_alike(data.user_loader, trainer.strategy)
     data.to_device = _device_stream(trainer, module, data.user_loader)
     return data
 

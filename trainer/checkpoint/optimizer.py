@@ -141,13 +141,17 @@ def _check(optimizer: Optimizer, groups: list[list[str]], tree: Mapping[str, Any
 
 
 def _options(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options to load: the saved ones, but how to compute as it is now, and tensors where they are now."""
+    """A group's options to load: the saved ones, but how to compute as it is now, and a tensor where one is now."""
     options = {k: v for k, v in current.items() if k not in ("params", "param_names")}
     for key, value in saved.items():
         if key in _HOW and key in current:
             continue
         was = current.get(key)
-        options[key] = value.to(was.device) if isinstance(value, Tensor) and isinstance(was, Tensor) else value
+        if isinstance(was, Tensor):
+            value = torch.as_tensor(value, dtype=was.dtype, device=was.device)
+        elif isinstance(value, Tensor) and isinstance(was, float):
+            value = value.item()
+        options[key] = value
     return options
 
 

@@ -235,6 +235,17 @@ def test_how_to_compute_is_the_loading_optimizers_and_what_to_compute_the_saved_
     steps(module, other, 1)
 
 
+@pytest.mark.parametrize(("saved", "now"), [(0.5, torch.tensor(0.1)), (torch.tensor(0.5), 0.1)])
+def test_a_rate_is_a_tensor_if_the_loading_optimizer_has_it_so(saved: Any, now: Any) -> None:
+    module = network()
+    names = dict(module.named_parameters())
+    tree = optimizer_state_by_name(optim.Adam(module.parameters(), lr=saved, foreach=False), names)
+    optimizer = optim.Adam(module.parameters(), lr=now, foreach=False)
+    load_optimizer_state_by_name(optimizer, tree, names)
+    rate = optimizer.param_groups[0]["lr"]
+    assert type(rate) is type(now) and float(rate) == 0.5
+
+
 def test_the_step_goes_where_the_implementation_wants_it() -> None:
     parameter = nn.Parameter(torch.empty(3, device="meta"))
     names = {"w": parameter}
