@@ -1,10 +1,10 @@
 """How much a step of training costs over a hand-written loop: `python benchmarks/overhead.py`, or `make bench`.
 
-One tiny model is trained by a hand-written loop and by Paceline, in turn, each time in a fresh process (A B A B ...),
-on one thread and with a terminal to draw on. A process gives the median over blocks of 500 steps, a row of the table
-the median over the rounds; differences are taken round by round, so that they hold while the machine's speed drifts.
-On a busy machine trust the CPU time. `--rivals lightning accelerate` adds others, run by `--python` where they are
-installed elsewhere; each is compared with the hand-written loop in the same interpreter.
+One tiny model is trained by a hand-written loop and by Paceline, each in a fresh process with one thread and a
+terminal to draw on. The processes take turns, one block of 100 steps each (A B A B ...), so that a machine whose speed
+drifts is as slow for one as for the other; a round's figure is the median over its blocks, the table's that over the
+rounds. On a busy machine trust the CPU time. `--rivals lightning accelerate` adds others, run by `--python` where they
+are installed elsewhere; each is compared with the hand-written loop in the same interpreter.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 BATCH_SIZE = 32
-BLOCK = 500
+BLOCK = 100
 WARM_UP = 1000
 COUNTED = 4  # steps whose Python calls are counted, after the timed ones
 NO_EXTRAS = {
@@ -65,32 +66,36 @@ CASES = {
 
 # --- what is trained ------------------------------------------------------------------------------------------------
 class Clock:
-    """Ticks at the start of each step: times whole blocks of steps, then counts the Python calls of a few."""
+    """Ticks at the start of each step: times blocks of steps when it is their turn, then counts a few steps' calls."""
 
-    def __init__(self, steps: int) -> None:
-        self.stop = WARM_UP + steps
-        self.step = 0
-        self.calls = 0
-        self.marks: list[tuple[float, float]] = []
+    def __init__(self, blocks: int, turns: int, reports: int) -> None:
+        self.stop = WARM_UP + blocks * BLOCK
+        self._step = self._calls = 0
+        self._began = (0.0, 0.0)
+        self._turns, self._reports = turns, reports  # pipes
 
     def tick(self) -> None:
-        step = self.step
-        self.step += 1
+        step = self._step
+        self._step += 1
         if step % BLOCK == 0 and WARM_UP <= step <= self.stop:
-            self.marks.append((time.perf_counter(), time.process_time()))
-        if step == self.stop:
-            sys.setprofile(self._count)
+            self._end_block(step)
         elif step == self.stop + COUNTED:
             sys.setprofile(None)
+            self._report(self._calls / COUNTED)
+
+    def _end_block(self, step: int) -> None:
+        now = (time.perf_counter(), time.process_time())
+        self._report(*((end - begin) / BLOCK * 1e6 for begin, end in zip(self._began, now, strict=True)))
+        os.read(self._turns, 1)
+        self._began = (time.perf_counter(), time.process_time())
+        if step == self.stop:
+            sys.setprofile(self._count)
+
+    def _report(self, *figures: float) -> None:
+        os.write(self._reports, (json.dumps(figures) + "\n").encode())
 
     def _count(self, frame: Any, event: str, argument: Any) -> None:
-        self.calls += event == "call"
-
-    def figures(self) -> dict[str, float]:
-        """µs of wall and CPU time a step, and Python calls."""
-        pairs = list(zip(self.marks, self.marks[1:], strict=False))
-        wall, cpu = (statistics.median((b[i] - a[i]) / BLOCK * 1e6 for a, b in pairs) for i in (0, 1))
-        return {"wall": wall, "cpu": cpu, "calls": self.calls / COUNTED}
+        self._calls += event == "call"
 
 
 def network() -> nn.Module:
@@ -187,89 +192,127 @@ RUNNERS: dict[str, Callable[[Case, Clock, str], None]] = {
 }
 
 
-def run_here(runner: str, case: str, steps: int, folder: str) -> None:
-    """In the fresh process: train, and leave the figures in `folder`."""
+def run_here(runner: str, case: str, blocks: int, turns: int, reports: int) -> None:
+    """In the fresh process: train, and report a line for each block."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    clock = Clock(steps)
-    RUNNERS[runner](CASES[case], clock, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        RUNNERS[runner](CASES[case], Clock(blocks, turns, reports), folder)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if runner != BASELINE:
-        versions[runner] = _version(runner)
-    Path(folder, "figures.json").write_text(json.dumps({**clock.figures(), "versions": versions}))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "not installed"
+        versions[runner] = version(runner)
+    os.write(reports, (json.dumps(versions) + "\n").encode())
 
 
 # --- in turn, in fresh processes ------------------------------------------------------------------------------------
-def run_afresh(python: str, runner: str, case: str, steps: int) -> dict[str, Any]:
-    """The figures of one process, which has a terminal of its own to draw on."""
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-        command = [python, __file__, "--child", runner, case, folder, "--steps", str(steps)]
-        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder)
-        os.close(theirs)
-        output = _drain(ours)
-        if process.wait() != 0:
-            sys.exit(f"{runner} ({case}) failed:\n{output[-4000:]}")
-        figures: dict[str, Any] = json.loads(Path(folder, "figures.json").read_text())
-        return figures
+class Fresh:
+    """A fresh process that trains in blocks, one for each turn that it is given."""
+
+    def __init__(self, python: str, runner: str, case: str, blocks: int) -> None:
+        self.name = f"{runner} ({case})"
+        terminal, its_terminal = pty.openpty()
+        fcntl.ioctl(its_terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+        its_turns, self._turns = os.pipe()
+        reports, its_reports = os.pipe()
+        child = ["--child", runner, case, str(its_turns), str(its_reports)]
+        self._process = subprocess.Popen(
+            [python, __file__, "--blocks", str(blocks), *child],
+            stdin=its_terminal,
+            stdout=its_terminal,
+            stderr=its_terminal,
+            pass_fds=(its_turns, its_reports),
+        )
+        for its_end in (its_terminal, its_turns, its_reports):
+            os.close(its_end)
+        self._reports = os.fdopen(reports)
+        self._output = b""
+        self._reader = threading.Thread(target=self._read_terminal, args=(terminal,))
+        self._reader.start()
+
+    def report(self) -> Any:
+        """The next line that it reports; the end of this program where it failed."""
+        if line := self._reports.readline():
+            return json.loads(line)
+        self._reader.join()
+        return sys.exit(f"{self.name} failed:\n{self._output.decode(errors='replace')}")
+
+    def take_turn(self) -> Any:
+        """Let it train until it reports."""
+        os.write(self._turns, b".")
+        return self.report()
+
+    def end(self) -> dict[str, str]:
+        """Wait for its end; the versions that it ran with."""
+        versions: dict[str, str] = self.report()
+        os.close(self._turns)
+        self._reports.close()
+        self._process.wait()
+        self._reader.join()
+        return versions
+
+    def _read_terminal(self, terminal: int) -> None:
+        try:
+            while chunk := os.read(terminal, 65536):
+                self._output = (self._output + chunk)[-4000:]
+        except OSError:  # how Linux says that nobody writes any more
+            pass
+        os.close(terminal)
 
 
-def _drain(terminal: int) -> str:
-    """All that is written to a terminal until its last writer ends."""
-    written = b""
-    try:
-        while chunk := os.read(terminal, 65536):
-            written += chunk
-    except OSError:  # how Linux says that nobody writes any more
-        pass
-    os.close(terminal)
-    return written.decode(errors="replace")
+@dataclass
+class Figures:
+    """Medians of a round: µs a step, of CPU time too, and what both are over the hand-written loop; Python calls."""
+
+    wall: float
+    cpu: float
+    wall_more: float
+    cpu_more: float
+    calls: float
+    calls_more: float
 
 
-def measure(cases: list[str], runners: list[tuple[str, str]], rounds: int, steps: int) -> dict[Any, list[dict[str, Any]]]:
-    """(case, interpreter, runner) → the figures of each round."""
-    found: dict[Any, list[dict[str, Any]]] = {}
-    for number in range(rounds):
-        for case in cases:
-            for python, runner in runners:
-                print(f"round {number + 1} of {rounds}: {case}, {runner}   ", end="\r", file=sys.stderr, flush=True)
-                found.setdefault((case, python, runner), []).append(run_afresh(python, runner, case, steps))
-    print(" " * 60, end="\r", file=sys.stderr)
-    return found
+def run_round(case: str, runners: list[tuple[str, str]], blocks: int) -> tuple[list[Figures], dict[str, str]]:
+    """Train a case with each of `runners` (interpreter, name) block by block; their figures, and all versions."""
+    processes = [Fresh(python, runner, case, blocks) for python, runner in runners]
+    for process in processes:
+        process.report()  # warm
+    timed = [[process.take_turn() for process in processes] for _ in range(blocks)]
+    calls = [process.take_turn()[0] for process in processes]
+    versions = {name: number for process in processes for name, number in process.end().items()}
+    figures = []
+    for index, (python, _) in enumerate(runners):
+        base = runners.index((python, BASELINE))
+        figures.append(
+            Figures(
+                *(statistics.median(block[index][i] for block in timed) for i in (0, 1)),
+                *(statistics.median(block[index][i] - block[base][i] for block in timed) for i in (0, 1)),
+                calls[index],
+                calls[index] - calls[base],
+            )
+        )
+    return figures, versions
 
 
-def table(found: dict[Any, list[dict[str, Any]]]) -> str:
-    """A row for each runner and case, in Markdown."""
+def table(found: dict[tuple[str, int, str], list[Figures]]) -> str:
+    """A row for each case and runner, in Markdown."""
     lines = [
-        "| case | loop | µs a step | over the hand-written loop | of CPU time | Python calls a step |",
+        "| case | loop | µs a step | over the hand-written loop | in CPU time | Python calls a step |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for (case, python, runner), rounds in found.items():
-        own = {name: statistics.median(figures[name] for figures in rounds) for name in ("wall", "cpu", "calls")}
-        row = [CASES[case].description, runner, f"{own['wall']:.0f}"]
+    for (case, _, runner), rounds in found.items():
+        wall, wall_more, cpu_more, calls, calls_more = (
+            statistics.median(getattr(figures, name) for figures in rounds)
+            for name in ("wall", "wall_more", "cpu_more", "calls", "calls_more")
+        )
+        row = [CASES[case].description, runner, f"{wall:.0f}"]
         if runner == BASELINE:
-            row += ["", "", f"{own['calls']:.0f}"]
+            row += ["", "", f"{calls:.0f}"]
         else:
-            base = found[case, python, BASELINE]
-            wall, cpu, calls = (_more(rounds, base, name) for name in ("wall", "cpu", "calls"))
-            target = f" (target {CASES[case].at_most})" if runner == "paceline" else ""
-            row += [f"{wall:+.0f} µs{target}", f"{cpu:+.0f} µs", f"{calls:+.0f}"]
+            target = f" (target: {CASES[case].at_most})" if runner == "paceline" else ""
+            row += [f"{wall_more:+.1f} µs{target}", f"{cpu_more:+.1f} µs", f"{calls_more:+.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
-
-
-def _more(rounds: list[dict[str, Any]], base: list[dict[str, Any]], name: str) -> float:
-    """The median over the rounds of the difference to the hand-written loop of the same round."""
-    return statistics.median(figures[name] - other[name] for figures, other in zip(rounds, base, strict=True))
 
 
 def machine() -> str:
@@ -281,28 +324,36 @@ def machine() -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5000, help=f"timed steps of each process, in blocks of {BLOCK}")
+    parser.add_argument("--rounds", type=int, default=5, help="of fresh processes")
+    parser.add_argument("--blocks", type=int, default=50, help=f"timed blocks of {BLOCK} steps in each process")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=[])
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has the rivals")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     if args.child:
-        runner, case, folder = args.child
-        return run_here(runner, case, args.steps, folder)
-    here = [(sys.executable, BASELINE), (sys.executable, "paceline")]
-    elsewhere = [] if args.python == sys.executable else [(args.python, BASELINE)]
-    rivals = [*elsewhere, *((args.python, rival) for rival in args.rivals)] if args.rivals else []
-    found = measure(args.cases, [*here, *rivals], args.rounds, args.steps)
-    versions = {name: number for rounds in found.values() for name, number in rounds[0]["versions"].items()}
-    print(table(found))
-    print(f"\n{machine()}; {', '.join(f'{name} {number}' for name, number in versions.items())}")
-    print(f"{args.rounds} rounds of {args.steps} steps, medians: python {' '.join(sys.argv)}")
+        runner, case, turns, reports = args.child
+        return run_here(runner, case, args.blocks, int(turns), int(reports))
+    runners = [(sys.executable, BASELINE), (sys.executable, "paceline")]
+    if args.rivals and args.python != sys.executable:
+        runners.append((args.python, BASELINE))
+    runners += [(args.python, rival) for rival in args.rivals]
+    found: dict[tuple[str, int, str], list[Figures]] = {}
+    versions: dict[str, str] = {}
+    for number in range(args.rounds):
+        for case in args.cases:
+            print(f"round {number + 1} of {args.rounds}: {CASES[case].description}", file=sys.stderr, flush=True)
+            figures, used = run_round(case, runners, args.blocks)
+            versions |= used
+            for place, (_, runner) in enumerate(runners):
+                found.setdefault((case, place, runner), []).append(figures[place])
+    print(table(dict(sorted(found.items(), key=lambda item: (args.cases.index(item[0][0]), item[0][1])))))
+    print(f"\n{machine()}; {', '.join(f'{name} {number}' for name, number in versions.items())}.")
+    print(f"Medians of {args.rounds} rounds of {args.blocks} blocks of {BLOCK} steps: `python {' '.join(sys.argv)}`.")
     return None
 
 

@@ -42,8 +42,6 @@ class Stage:
 class ProgressBar(Callback):
     """Draws nothing by itself. `get_metrics`, `enable`, `disable` and `print` are there to be overridden or called."""
 
-    acts_on_metrics = True  # the end of an epoch is drawn when its metrics are there
-
     def __init__(self, refresh_rate: int = 1) -> None:
         if refresh_rate < 0:
             raise ConfigurationError(f"refresh_rate={refresh_rate}: use 0 for no bar, or draw every that many batches.")
@@ -179,20 +177,23 @@ class ProgressBar(Callback):
         self._interval = _SECONDS_BETWEEN_DRAWINGS if self._terminal else _SECONDS_BETWEEN_LINES
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._next_drawing = 0.0 if self.is_enabled else math.inf
+        self._next_drawing = math.inf
         if self.is_enabled:
+            self._next_drawing = 0.0 if self._terminal else time.monotonic() + self._interval
             self._train = Stage("train", self.train_description)
             self._begin_epoch(trainer, self._train)  # one that is resumed in its middle is not announced again
             self._open(self._train)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         if self._train is not None:
+            self._end_epoch(trainer, pl_module, self._train)
             self._begin_epoch(trainer, self._train)
 
     def _begin_epoch(self, trainer: Trainer, stage: Stage) -> None:
         last = (trainer.max_epochs or 0) - 1
         stage.description = f"Epoch {trainer.current_epoch}" + (f"/{last}" if last >= 0 else "")
-        stage.total, stage.n, stage.first = trainer.num_training_batches, 0, 0
+        stage.total = trainer.num_training_batches
+        stage.n = stage.first = trainer.progress.batches_in_epoch  # not 0 where a run is resumed
         stage.started = time.monotonic()
         self._seen = 0
 
@@ -201,25 +202,22 @@ class ProgressBar(Callback):
         now = time.monotonic()
         if now < self._next_drawing or (batch_idx + 1) % self._refresh_rate or self._train is None:
             return
-        self._train.first = batch_idx + 1 - self._seen
-        if self._terminal or self._next_drawing:  # no line for the very first batch
-            self._show_train(trainer, pl_module, self._train)
+        self._show_train(trainer, pl_module, self._train)
         self._next_drawing = now + self._interval
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        if self._train is None:
-            return
-        now = time.monotonic()
-        if now >= self._next_drawing or self._stays(self._train) or not self._terminal:
-            self._show_train(trainer, pl_module, self._train)
-            self._next_drawing = now + self._interval
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._train is not None:
-            if self._terminal and not self._stays(self._train):
-                self._show_train(trainer, pl_module, self._train)
+            self._next_drawing = 0.0
+            self._end_epoch(trainer, pl_module, self._train)
             self._close(self._train)
             self._train = None
+
+    def _end_epoch(self, trainer: Trainer, pl_module: Module, stage: Stage) -> None:
+        """Show the end of an epoch when the next one begins or training ends: by then its metrics are there."""
+        now = time.monotonic()
+        if self._seen and (now >= self._next_drawing or self._stays(stage) or not self._terminal):
+            self._show_train(trainer, pl_module, stage)
+            self._next_drawing = now + self._interval
 
     def _show_train(self, trainer: Trainer, pl_module: Module, stage: Stage) -> None:
         stage.n = stage.first + self._seen
@@ -316,7 +314,8 @@ class ProgressBar(Callback):
             return
         self._nested = None
         if not quiet:
-            self._show(stage, self.get_metrics(trainer, pl_module))
+            below_training = self._terminal and self._train is not None  # whose bar shows them
+            self._show(stage, None if below_training else self.get_metrics(trainer, pl_module))
         self._close(stage)
         if self._train is not None:
             self._train.started += time.monotonic() - self._nested_began  # the speed shown is that of training

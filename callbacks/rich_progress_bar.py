@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from .progress_bar import ProgressBar, Stage, clock
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, ProgressColumn, TaskID
 
     from ..trainer.trainer import Trainer
+
+_WIDE, _BAR_WIDTH = 80, 10  # columns of a terminal that leaves room for a bar, and the least room it then gets
 
 
 @dataclass
@@ -62,22 +65,29 @@ class RichProgressBar(ProgressBar):
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """The columns; a task has the fields `batches`, `clock`, `speed` and `metrics`, which are texts."""
         from rich.progress import BarColumn, TextColumn
-
-        def text(field: str, style: str) -> TextColumn:
-            return TextColumn(f"{{task.fields[{field}]}}", style=style or "none", markup=False)
+        from rich.table import Column
 
         theme = self.theme
+        wide = self._new_console().width >= _WIDE
+
+        def text(source: str, style: str, **column: Any) -> TextColumn:
+            options: dict[str, Any] = {"no_wrap": True} | column
+            return TextColumn(f"{{task.{source}}}", style or "none", markup=False, table_column=Column(**options))
+
+        bar = BarColumn(
+            bar_width=None,  # what the texts leave
+            complete_style=theme.progress_bar,
+            finished_style=theme.progress_bar_finished,
+            pulse_style=theme.progress_bar_pulse,
+            table_column=Column(ratio=1, no_wrap=True, min_width=_BAR_WIDTH if wide else None),
+        )
         return [
-            TextColumn("{task.description}", style=theme.description or "none", markup=False),
-            BarColumn(
-                complete_style=theme.progress_bar,
-                finished_style=theme.progress_bar_finished,
-                pulse_style=theme.progress_bar_pulse,
-            ),
-            text("batches", theme.batch_progress),
-            text("clock", theme.time),
-            text("speed", theme.processing_speed),
-            text("metrics", theme.metrics),
+            text("description", theme.description),
+            bar,
+            text("fields[batches]", theme.batch_progress),
+            text("fields[clock]", theme.time),
+            text("fields[speed]", theme.processing_speed),
+            text("fields[metrics]", theme.metrics, no_wrap=False, overflow="fold"),  # gives way first, by more lines
         ]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -88,20 +98,22 @@ class RichProgressBar(ProgressBar):
 
     # --- what the base asks for --------------------------------------------------------------------------------------
     def _is_terminal(self) -> bool:
+        console = self._new_console()
+        return console.is_terminal or console.is_jupyter
+
+    def _new_console(self) -> Console:
         from rich.console import Console
 
-        console = Console(**self._console_kwargs)
-        return console.is_terminal or console.is_jupyter
+        return Console(**self._console_kwargs)
 
     def _open(self, stage: Stage) -> None:
         if not self._terminal:
             return
         if self._progress is None:
-            from rich.console import Console
             from rich.progress import Progress
 
-            columns, console = self.configure_columns(self.trainer), Console(**self._console_kwargs)
-            self._progress = Progress(*columns, console=console, auto_refresh=False, expand=True)
+            columns = self.configure_columns(self.trainer)
+            self._progress = Progress(*columns, console=self._new_console(), auto_refresh=False, expand=True)
             self._progress.start()
         self._epoch_drawn = ""
         self._tasks[stage.kind] = self._add_task(self._progress, stage)

@@ -123,7 +123,8 @@ class TQDMProgressBar(ProgressBar):
                 bar.close()
                 bar = self._bars["train"] = self.init_train_tqdm()
             self._epoch_drawn = stage.description
-        bar.start_t = time.time() - (time.monotonic() - stage.started)
+        bar.last_print_t = time.time()  # a bar that seems never to have been printed would not be cleared
+        bar.start_t = bar.last_print_t - (time.monotonic() - stage.started)
         bar.n, bar.initial = stage.n, stage.first
         bar.total = None if stage.total == math.inf else int(stage.total)
         bar.set_description(stage.description, refresh=False)

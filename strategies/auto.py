@@ -69,7 +69,8 @@ def _accelerator_kind(accelerator: str) -> str:
         if present is None or accelerator not in ("gpu", present.type):
             there = "no accelerator" if present is None else present.type
             raise ConfigurationError(
-                f"accelerator={accelerator!r}, but torch finds {there} on this machine. Use accelerator='auto' or 'cpu'."
+                f"accelerator={accelerator!r}, but torch finds {there} on this machine. Use accelerator='auto', or "
+                "'cpu'."
             )
         return present.type
     near = difflib.get_close_matches(accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "xpu"], 1, 0)
@@ -102,8 +103,8 @@ def _device_indices(
             raise ConfigurationError(f"devices={devices} is too few. Use a number of at least 1, -1 or 'auto'.")
         if available is not None and devices > available:
             raise ConfigurationError(
-                f"devices={devices}, but this machine has {available} {kind} device(s). Use devices={available}, or 'auto'"
-                " for all."
+                f"devices={devices}, but this machine has {available} {kind} device(s). Use devices={available}, or "
+                "'auto' for all."
             )
         return list(range(devices))
     if isinstance(devices, (list, tuple)) and devices and all(isinstance(i, int) and i >= 0 for i in devices):

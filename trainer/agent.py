@@ -66,13 +66,13 @@ def run_ranks(
         try:
             agent = _agent(command, devices, num_nodes, node_rank, master_addr, master_port, Path(folder))
             agent.run()
-        except KeyboardInterrupt:  # before the ranks were started, or while other nodes were waited for
+        except KeyboardInterrupt:  # before the ranks were started, or after they ended
             return 128 + signal.SIGINT
         except (RendezvousError, DistError) as error:
             raise LaunchError(_why_no_rendezvous(num_nodes, master_addr, master_port, error)) from error
         code, message = verdict(agent.end())
     if message:
-        sys.stderr.write(message)
+        sys.stderr.write(f"\n{message}")  # a rank may have been ended in the middle of a line, such as a progress bar
         sys.stderr.flush()
     return code
 
@@ -124,6 +124,16 @@ class _Agent(LocalElasticAgent):
         self._node = f"node {node_rank} (host {socket.gethostname()})"
         self._resumable_since: float | None = None
         self._next_look_at_nodes = 0.0
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Wait for the other nodes, in C++ code, which Ctrl-C interrupts only by its default: to end the process."""
+        before = signal.getsignal(signal.SIGINT)
+        if self._num_nodes > 1 and before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            super()._rendezvous(worker_group)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._signals.watch()

@@ -8,7 +8,7 @@ so order, seeking and weights are known without reading anything. Any other iter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,44 @@ class PlannedData:
     def batch_size(self) -> int | None:
         """Samples in a full micro-batch; None where a batch sampler decides."""
         return None if self._dealt else self.user_loader.batch_size or 1
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must keep: see `adopt`."""
+        plan = self.plan()
+        return {
+            "kind": "dealt" if self._dealt else "cut",
+            "global_batch": plan.global_batch,
+            "a_rank": self._settings.accumulate * (1 if self._dealt else self.user_loader.batch_size or 1),
+            "ranks": plan.ranks,
+            "samples": plan.num_samples,
+        }
+
+    def adopt(self, saved: Mapping[str, Any]) -> None:
+        """Keep the global batch that the run began with, on any number of ranks; ConfigurationError for another."""
+        settings, facts = self._settings, self.facts()
+        if facts["kind"] != saved["kind"] or facts["samples"] != saved.get("samples"):
+            raise ConfigurationError(
+                f"The checkpoint was saved with {saved.get('samples')} samples or batches an epoch ({saved['kind']}), "
+                f"the training loader now has {facts['samples']} ({facts['kind']}). Resume with the data that it was "
+                "saved with, or start anew from its weights (load_from_checkpoint)."
+            )
+        wanted = saved["global_batch"]
+        asked = settings.global_batch_size or (facts["global_batch"] if facts["a_rank"] != saved["a_rank"] else wanted)
+        if asked != wanted:
+            raise ConfigurationError(
+                f"The run was saved with a global batch of {wanted}, the arguments now ask for {asked}. A resumed run "
+                f"keeps its global batch: use global_batch_size={wanted} with any batch_size, or the batch_size and "
+                "accumulate_grad_batches that it was saved with."
+            )
+        if not self._dealt:
+            settings.global_batch_size = wanted if facts["ranks"] != saved["ranks"] else settings.global_batch_size
+        elif wanted % facts["ranks"]:
+            raise ConfigurationError(
+                f"The run was saved with windows of {wanted} batches, which {facts['ranks']} ranks cannot share. Use a "
+                "number of ranks that divides it."
+            )
+        else:
+            settings.accumulate = wanted // facts["ranks"]
 
     def plan(self) -> EpochPlan:
         """This rank's plan of an epoch, with the present accumulation."""
@@ -233,6 +271,22 @@ class StreamedData:
             self._settings.limit, math.inf if length is None else length, "limit_train_batches"
         )
         return limit
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must keep: see `adopt`."""
+        ranks = self._strategy.data_ranks
+        return {"kind": "stream", "global_batch": self._settings.accumulate * ranks, "ranks": ranks}
+
+    def adopt(self, saved: Mapping[str, Any]) -> None:
+        """Keep as many batches a window as the run began with; ConfigurationError where the ranks cannot share them."""
+        ranks = self._strategy.data_ranks
+        if saved["kind"] != "stream" or saved["global_batch"] % ranks:
+            raise ConfigurationError(
+                f"The run was saved with windows of {saved['global_batch']} ({saved['kind']}), which the present loader "
+                f"on {ranks} rank(s) cannot go on with. Resume with the data and the number of ranks that it was saved "
+                "with."
+            )
+        self._settings.accumulate = saved["global_batch"] // ranks
 
     @property
     def _each_rank_its_own(self) -> bool:

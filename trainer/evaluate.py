@@ -61,6 +61,8 @@ def evaluate(run: Evaluation, limit: int | float = math.inf) -> list[dict[str, f
         metrics.batch, metrics.weight = None, None
         _call(getattr(hooks, f"on_{stage}_epoch_end"))
         results = _reduced(run)
+        if run.progress.due[:1] == ["validation"]:
+            run.progress.due.pop(0)
         _call(getattr(hooks, f"on_{stage}_end"))
         _call_own(run, f"on_{stage}_model_train")
     return results

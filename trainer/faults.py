@@ -149,7 +149,8 @@ def _deliver(report: Report) -> None:
     folder = _launcher_folder()
     if folder is None:
         sys.stdout.flush()
-        sys.stderr.write(report.text)
+        if report.text:
+            sys.stderr.write(f"\n{report.text}")  # the line may have a progress bar on it
         sys.stderr.flush()
     else:
         _write_whole(folder / f"report-{report.rank}.json", json.dumps(asdict(report)))

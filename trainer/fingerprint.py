@@ -53,6 +53,6 @@ def check_alike(loader: Any, strategy: Strategy) -> None:
             if facts.get(name) != expected:
                 raise ConfigurationError(
                     f"The training data of rank {rank} is not that of rank 0: {name} {facts.get(name)!r}, expected "
-                    f"{expected!r}. Every rank must make the same data set; the trainer deals it. To shard it yourself, "
-                    "use Trainer(use_distributed_sampler=False)."
+                    f"{expected!r}. Every rank must make the same data set; the trainer deals it. To shard it "
+                    "yourself, use Trainer(use_distributed_sampler=False)."
                 )

@@ -95,16 +95,21 @@ class Hooks:
             if name not in _CALLBACK_ONLY and overridden(module, name, Module):
                 found.append(self._noting(name, module))
             setattr(self, name, tuple(found))
-        # Checkpoint and early-stopping callbacks act on the epoch's metrics, so they come after everyone who logs.
-        acting = [cb for cb in callbacks if getattr(cb, "acts_on_metrics", False)]
-        logging = [cb for cb in callbacks if cb not in acting]
-        name = "on_train_epoch_end"
-        self.on_train_epoch_end = tuple(
-            self._noting(name, cb, trainer, module) for cb in logging if overridden(cb, name, Callback)
-        ) + ((self._noting(name, module),) if overridden(module, name, Module) else ())
-        self.on_train_epoch_end_acting = tuple(
-            self._noting("", cb, trainer, module, method=name) for cb in acting if overridden(cb, name, Callback)
-        )
+        # Checkpoint and early-stopping callbacks act on metrics and the state that the others leave: they come last.
+        for name in ("on_train_batch_end", "on_train_epoch_end"):
+            acting = [cb for cb in callbacks if getattr(cb, "acts_on_metrics", False)]
+            others = [
+                self._noting(name, cb, trainer, module)
+                for cb in callbacks
+                if cb not in acting and overridden(cb, name, Callback)
+            ]
+            if overridden(module, name, Module):
+                others.append(self._noting(name, module))
+            setattr(self, name, tuple(others))
+            last = [
+                self._noting("", cb, trainer, module, method=name) for cb in acting if overridden(cb, name, Callback)
+            ]
+            setattr(self, f"{name}_acting", tuple(last))
 
     def __getattr__(self, name: str) -> tuple[Callable[..., Any], ...]:
         raise AttributeError(f"there is no hook {name!r}")

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 class Fit:
     """All that training touches, resolved once before it starts.
 
-    `prepare_epoch` sets what may change between epochs: the data, `num_batches` and `training_step`.
+    `reload_data` and `prepare_epoch` set what may change between epochs: `data`, `num_batches`, `training_step`.
+    `ghost_step` is the step for a micro-batch of weight zero, which a rank without samples repeats to keep up.
     """
 
     strategy: Strategy
@@ -47,22 +48,31 @@ class Fit:
     schedulers: Schedulers
     validation: ValidationTimes
     stepper: Stepper
+    start_streams: Callable[[], None]
+    reload_data: Callable[[], None]
     prepare_epoch: Callable[[], None]
     validate: Callable[[], None]
+    save_where_due: Callable[[], None]
     log_every_n_steps: int
     automatic: bool
+    saves: bool
+    inside_window: bool = False
+    asked_saves: list[tuple[str, bool]] = field(default_factory=list)
     batch_idx: int = 0
     num_batches: int | float = 0
+    last_batch: tuple[Any, Any, int] | None = None
     data: PlannedData | StreamedData = field(init=False)
     training_step: Callable[..., Any] = field(init=False)
+    ghost_step: Callable[..., Any] = field(init=False)
 
 
 def fit(fit: Fit) -> None:
     """Train until `max_epochs`, `max_steps` or `max_time` is reached, or all ranks agreed to stop."""
-    if fit.limits.reached(fit.progress) or fit.data.num_batches == 0:
+    if fit.limits.reached(fit.progress) or fit.data.num_batches == 0 or fit.control.stop_agreed_now():
         return
     for hook in fit.hooks.on_train_start:
         hook()
+    fit.start_streams()
     while not fit.limits.reached(fit.progress):
         if not train_epoch(fit):
             rank_zero_warn("Training ends: an epoch had no batch. The loader is empty, or can be iterated only once.")
@@ -77,49 +87,74 @@ def fit(fit: Fit) -> None:
 def train_epoch(fit: Fit) -> bool:
     """One pass over the data, from wherever in it the run stands; validation happens inside it. False: no data."""
     progress, metrics = fit.progress, fit.metrics
+    train = train_window if fit.automatic else train_by_hand
     resumed = progress.batches_in_epoch > 0
     window = None
-    train = train_window if fit.automatic else train_by_hand
-    fit.prepare_epoch()
+    fit.reload_data()
     if not resumed:
         for hook in fit.hooks.on_train_epoch_start:
             hook()
+    fit.prepare_epoch()  # after the hooks, which may thaw parameters or set the accumulation
+    if resumed:
+        settle(fit)
     for window in fit.data.windows(progress.epoch, progress.batches_in_epoch):
+        fit.inside_window = True
         if not train(fit, window):
             break
+        fit.inside_window = False
         step, last = progress.global_step, progress.batches_in_epoch >= fit.num_batches
         if metrics.waiting:
             metrics.deliver()
         if step % fit.log_every_n_steps == 0 or step == 1:
             metrics.boundary(step, progress.epoch, progress.samples)
-        if last:
-            fit.schedulers.end_epoch(progress.epoch)
         stop = fit.control.stop_agreed()
+        if last:
+            progress.due.append("epoch")
         if fit.validation.due(progress, last, stop):
-            fit.validate()
+            progress.due.append("validation")
         if fit.schedulers.monitored_by_step:
-            fit.schedulers.step_monitored(step)
+            progress.due.append("step_monitored")
+        if fit.saves or fit.asked_saves:
+            fit.save_where_due()
+        if progress.due:
+            settle(fit)
         if stop or step == fit.limits.max_steps:
             finish_epoch(fit, whole=last)
             return True
     else:
-        if fit.validation.awaits_the_end(progress):
-            fit.schedulers.end_epoch(progress.epoch)
-            fit.validate()
+        if fit.validation.due_at_the_end(progress):
+            progress.due += ["epoch", "validation"]
+            settle(fit)
+    fit.inside_window = False
     finish_epoch(fit, whole=True)
     return window is not None or resumed
+
+
+def settle(fit: Fit) -> None:
+    """Do what is due after a window, in its order; a resumed run does what its checkpoint had left to do.
+
+    Each task leaves the list when it is done: validation before `on_validation_end`, where checkpoints are saved.
+    """
+    progress = fit.progress
+    while progress.due:
+        if progress.due[0] == "validation":
+            fit.validate()
+        else:
+            fit.schedulers.run(progress.due[0], progress)
+            progress.due.pop(0)
 
 
 def finish_epoch(fit: Fit, whole: bool) -> None:
     """The end of an epoch, or (not `whole`) of training in the middle of one: what was logged is reduced."""
     progress = fit.progress
     if whole:
-        fit.schedulers.end_epoch(progress.epoch)
+        fit.schedulers.run("epoch", progress)
     for hook in fit.hooks.on_train_epoch_end:
         hook()
-    fit.metrics.finish_epoch(progress.global_step, progress.epoch, progress.samples)
+    fit.metrics.finish_epoch(progress.global_step, progress.epoch, progress.samples, keep=not whole)
     if whole:
-        fit.schedulers.end_epoch_monitored(progress.epoch)
+        fit.schedulers.run("epoch_monitored", progress)
+        progress.due = ["next_epoch"]
     for hook in fit.hooks.on_train_epoch_end_acting:
         hook()
     if whole:
@@ -145,7 +180,7 @@ def train_window(fit: Fit, window: Window) -> bool:
             strategy.sync_gradients(index == last)
 
         metrics.hook = "training_step"
-        output = fit.training_step(batch, batch_idx)
+        output = (fit.training_step if weight != 0.0 else fit.ghost_step)(batch, batch_idx)
         loss = output if isinstance(output, Tensor) else loss_of(output)
         if loss is None:
             stepper.skip_backward(index, batch_idx)
@@ -168,13 +203,15 @@ def train_window(fit: Fit, window: Window) -> bool:
 
         progress.batches_in_epoch += 1
         if index == last:
+            progress.windows_in_epoch += 1
             progress.samples += window.samples
             if stepper.step(batch_idx):
                 progress.global_step += 1
                 if fit.schedulers.by_step:
-                    fit.schedulers.step(progress.global_step)
-        if hooks.on_train_batch_end:
+                    fit.schedulers.run("step", progress)
+        if hooks.on_train_batch_end or fit.saves:
             outputs = outputs_of(output)
+            fit.last_batch = outputs, batch, batch_idx
             for hook in hooks.on_train_batch_end:
                 hook(outputs, batch, batch_idx)
     return True
@@ -195,11 +232,13 @@ def train_by_hand(fit: Fit, window: Window) -> bool:
     output = fit.training_step(batch, batch_idx)
 
     progress.batches_in_epoch += 1
+    progress.windows_in_epoch += 1
     progress.samples += window.samples
     if fit.stepper.stepped_by_hand():
         progress.global_step += 1
-    if hooks.on_train_batch_end:
+    if hooks.on_train_batch_end or fit.saves:
         outputs = outputs_of(output)
+        fit.last_batch = outputs, batch, batch_idx
         for hook in hooks.on_train_batch_end:
             hook(outputs, batch, batch_idx)
     return True

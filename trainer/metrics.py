@@ -8,15 +8,17 @@ delivered to the loggers when it has arrived on the host. `reduction.py` takes i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from .loaders import batch_size_of
+from .metric_objects import is_metric_object, load_metric_states, metric_states
 from .reduction import NEUTRAL, Capacity, HostCopy, Sum, Transfer, combine, widen
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _BAR_SECONDS = 0.5
 _REDUCTIONS = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "amin": "min", "max": "max", "amax": "max"}
+_RESTORED = ("restored",)  # in the place of an entry's flags: those of its next call hold
 _EPOCH_ENDS = frozenset({"on_train_epoch_end", "on_validation_epoch_end", "on_test_epoch_end"})
 
 #: For each hook that may log: on_step and on_epoch by default, and whether on_step is possible.
@@ -179,6 +182,8 @@ class Metrics:
         entry = entries.get(key)
         if entry is None:
             entry = entries[key] = self._new_entry(name, value, flags)
+        elif entry.flags is _RESTORED:
+            entry.flags = flags
         elif entry.flags != flags:
             raise ConfigurationError(
                 f"log({name!r}) is called in {self.hook} with two sets of options (prog_bar, logger, on_step, on_epoch,"
@@ -207,6 +212,15 @@ class Metrics:
             entry.weights = [weight]
         if entry.on_epoch and entry.metric is None:
             entry.add_to_epoch(value, weight)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Inside, `log` does nothing."""
+        before, self.muted = self.muted, True
+        try:
+            yield
+        finally:
+            self.muted = before
 
     def _batch_weight(self) -> float:
         if self.weight is None:
@@ -277,8 +291,11 @@ class Metrics:
             self._published_window = point.window
 
     # --- the end of an epoch -----------------------------------------------------------------------------------
-    def finish_epoch(self, step: int, epoch: int, samples: int) -> dict[str, float]:
-        """Reduce and publish what an epoch of training or an evaluation logged; its names → numbers. Collective."""
+    def finish_epoch(self, step: int, epoch: int, samples: int, keep: bool = False) -> dict[str, float]:
+        """Reduce and publish what an epoch of training or an evaluation logged; its names → numbers. Collective.
+
+        With `keep` the epoch is not over: what it logged goes on counting.
+        """
         self.deliver(wait=True)
         entries = self._evaluation if self.evaluating else self._training
         step_is_new = self.evaluating or self._point_step != step
@@ -298,12 +315,14 @@ class Metrics:
         reduced = Transfer(sums, self._strategy, self._capacity).finish()
         for name in sorted(objects):
             reduced[name] = float(objects[name].compute())
-            objects[name].reset()
+            if not keep:
+                objects[name].reset()
         self._publish(reduced, names, step, epoch, samples)
         if self.evaluating:
             entries.clear()
-        else:
-            self._point_step, self._published_window = step, self.window
+            return reduced
+        self._point_step, self._published_window = step, self.window
+        if not keep:
             for entry in entries.values():
                 entry.start_anew()
         return reduced
@@ -334,6 +353,68 @@ class Metrics:
                     self._reduced[entry.bare_name] = self._reduced[entry.epoch_name]
         if for_loggers:
             self._on_log({**for_loggers, "epoch": epoch, "samples": samples}, step)
+
+    # --- in checkpoints ----------------------------------------------------------------------------------------
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """What this rank has logged in the epoch under way, and what was reduced so far. Host reads: not for a step."""
+        self.deliver(wait=True)
+        paths = {id(metric): path for path, metric in module.named_modules() if is_metric_object(metric)}
+        entries = []
+        for (hook, name, index), entry in self._training.items():
+            fresh = entry.window == self.window
+            entries.append(
+                {
+                    "key": (hook, name, index),
+                    "suffix": entry.suffix,
+                    "op": entry.op,
+                    "shown": (entry.on_step, entry.on_epoch, entry.prog_bar, entry.logger),
+                    "metric": paths.get(id(entry.metric)),
+                    "values": [float(value) for value in entry.values] if fresh else [],
+                    "weights": list(entry.weights) if fresh else [],
+                    "total": entry.total,
+                    "weight": entry.weight,
+                }
+            )
+        return {
+            "entries": entries,
+            "metric_objects": metric_states(module),
+            "reduced": {name: value.item() for name, value in self._reduced.items()},
+            "logged": list(self._reduced_logged),
+            "bar": dict(self._reduced_bar),
+            "point_step": self._point_step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module) -> None:
+        """Go on from what `state_dict` gave."""
+        for held in state["entries"]:
+            hook, name, index = held["key"]
+            on_step, on_epoch, prog_bar, logger = held["shown"]
+            entry = Entry(name, held["suffix"], index, _RESTORED, held["op"], on_step, on_epoch, prog_bar, logger)
+            entry.metric = None if held["metric"] is None else module.get_submodule(held["metric"])
+            entry.values, entry.weights = list(held["values"]), list(held["weights"])
+            entry.window = self.window if entry.values else -1
+            total, entry.weight = held["total"], held["weight"]
+            entry.total = total.to(self._strategy.device) if isinstance(total, Tensor) else total
+            self._training[(hook, name, index)] = entry
+        load_metric_states(module, state["metric_objects"])
+        self._reduced.update((name, torch.tensor(number)) for name, number in state["reduced"].items())
+        self._reduced_logged.update((name, self._reduced[name]) for name in state["logged"])
+        self._reduced_bar.update(state["bar"])
+        self._point_step = state["point_step"]
+
+    def merge_epoch(self, others: Sequence[Mapping[str, Any]], keep: bool) -> None:
+        """Add what other ranks had logged when they were more or fewer; without `keep`, forget this rank's share."""
+        for entry in self._training.values():
+            if not keep:
+                entry.start_anew()
+        for held in (held for other in others if keep for held in other["entries"]):
+            entry_or_none = self._training.get(tuple(held["key"]))
+            if entry_or_none is not None and held["total"] is not None:
+                total = held["total"]
+                total = total.to(self._strategy.device) if isinstance(total, Tensor) else total
+                before = entry_or_none.total
+                entry_or_none.total = total if before is None else combine(held["op"], before, total)
+                entry_or_none.weight += held["weight"]
 
     def forget(self) -> None:
         """Start a call of the trainer with nothing logged."""
@@ -394,11 +475,6 @@ class _BarValues:
             self._next_copy = time.monotonic() + _BAR_SECONDS
             self._names, self._copy = list(on_device), HostCopy(list(on_device.values()))
         return {name: self._numbers[name] for name in fresh if name in self._numbers}
-
-
-def is_metric_object(value: Any) -> bool:
-    """True for a torchmetrics.Metric and for whatever has its interface."""
-    return all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset", "forward"))
 
 
 def _host_number(name: str, value: Any) -> float:

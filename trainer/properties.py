@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigurationError
+from .arguments import check_count
 from .optim import estimated_stepping_batches
-from .state import Progress, RunningStage, TrainerFn, TrainerState
+from .state import Progress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
     from .arguments import Arguments
     from .callback import Callback
-    from .data import PlannedData, StreamedData
+    from .data import DataSettings, PlannedData, StreamedData
     from .evaluate import Evaluation
     from .loop import Fit
     from .metrics import Metrics
@@ -28,6 +30,7 @@ class TrainerProperties:
     arguments: Arguments
     callbacks: list[Callback]
     chosen_seed: tuple[int, bool] | None
+    data_settings: DataSettings
     evaluation: Evaluation | None
     fit_run: Fit | None
     metrics: Metrics
@@ -100,7 +103,37 @@ class TrainerProperties:
         if self.train_data is None:
             raise RuntimeError("estimated_stepping_batches is known from configure_optimizers on, inside fit().")
         limits, data = self.arguments, self.train_data
-        return estimated_stepping_batches(limits.max_epochs, limits.max_steps, data.num_batches, data.micro_batches)
+        steps = estimated_stepping_batches(limits.max_epochs, limits.max_steps, data.num_batches, data.micro_batches)
+        for callback in self.callbacks:
+            if hasattr(callback, "estimated_steps"):  # the accumulation is another in other epochs
+                steps = callback.estimated_steps(limits.max_epochs, limits.max_steps, data.num_batches, steps)
+        return steps
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Micro-batches of a rank in a window. While `fit` runs, what is set counts from the next epoch on."""
+        return self.data_settings.accumulate if self._is_fitting else self.arguments.accumulate_grad_batches
+
+    @accumulate_grad_batches.setter
+    def accumulate_grad_batches(self, factor: int) -> None:
+        check_count("accumulate_grad_batches", factor)
+        if self.arguments.global_batch_size is not None:
+            raise ConfigurationError(
+                f"accumulate_grad_batches={factor} contradicts global_batch_size={self.arguments.global_batch_size}, from "
+                "which it is derived. Leave global_batch_size out."
+            )
+        if not self._is_fitting:
+            self.arguments.accumulate_grad_batches = factor
+            return
+        settings = self.data_settings
+        if settings.global_batch_size is not None:  # kept from a run on another number of ranks
+            settings.global_batch_size = settings.global_batch_size // settings.accumulate * factor
+        settings.accumulate = factor
+
+    @property
+    def _is_fitting(self) -> bool:
+        running = self.state.status is TrainerStatus.RUNNING
+        return running and self.state.fn is TrainerFn.FITTING and self.train_data is not None
 
     # --- limits -----------------------------------------------------------------------------------------------
     @property
@@ -168,6 +201,11 @@ class TrainerProperties:
     def check_val_every_n_epoch(self) -> int | None:
         """As given."""
         return self.arguments.check_val_every_n_epoch
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """As given; 1 where `global_batch_size` was."""
+        return self.arguments.accumulate_grad_batches
 
     @property
     def gradient_clip_val(self) -> float | None:

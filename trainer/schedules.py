@@ -33,33 +33,23 @@ class Schedulers:
         self._ended_epoch = -1
         self.by_step = any(c.interval == "step" and c.monitor is None for c in configs)
         self.monitored_by_step = any(c.interval == "step" and c.monitor is not None for c in configs)
-        self._monitored_step = -1
 
-    def step(self, global_step: int) -> None:
-        """After update `global_step`."""
-        self._step_all("step", global_step, with_monitor=False)
+    def run(self, task: str, progress: Progress) -> None:
+        """Step the schedulers of one moment.
 
-    def step_monitored(self, global_step: int) -> None:
-        """After update `global_step` and its validation; once for each update."""
-        if global_step != self._monitored_step:
-            self._monitored_step = global_step
-            self._step_all("step", global_step, with_monitor=True)
-
-    def end_epoch(self, epoch: int) -> None:
-        """At the end of `epoch`, before its validation; the second call for an epoch does nothing."""
-        if epoch != self._ended_epoch:
-            self._ended_epoch = epoch
-            self._step_all("epoch", epoch + 1, with_monitor=False)
-
-    def end_epoch_monitored(self, epoch: int) -> None:
-        """When the metrics of `epoch` are ready."""
-        self._step_all("epoch", epoch + 1, with_monitor=True)
-
-    def _step_all(self, interval: str, count: int, with_monitor: bool) -> None:
-        configs = due(self._configs, interval, count, with_monitor)
+        "step" after an update and "step_monitored" after its validation; "epoch" at an epoch's end before validation
+        (a second call for an epoch does nothing) and "epoch_monitored" when its metrics are ready.
+        """
+        interval, _, monitored = task.partition("_")
+        if task == "epoch":
+            if progress.epoch == self._ended_epoch:
+                return
+            self._ended_epoch = progress.epoch
+        count = progress.global_step if interval == "step" else progress.epoch + 1
+        configs = due(self._configs, interval, count, with_monitor=bool(monitored))
         if not configs:
             return
-        metrics = self._metrics() if with_monitor else {}
+        metrics = self._metrics() if monitored else {}
         self._hook("lr_scheduler_step")
         for config in configs:
             step_scheduler(config, metrics, self._step)
@@ -115,7 +105,7 @@ class ValidationTimes:
             return last and not ended
         return self._seen // int(self._batches) > before // int(self._batches)
 
-    def awaits_the_end(self, progress: Progress) -> bool:
+    def due_at_the_end(self, progress: Progress) -> bool:
         """At the end of the data, sooner than its length said or without one: whether validation runs now."""
         return self._batches == math.inf and not self._ended and self._epoch_counts(progress)
 

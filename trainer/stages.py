@@ -23,6 +23,7 @@ from .faults import reported
 from .fingerprint import check_alike
 from .hooks import Hooks, check_names, overridden, without_missing
 from .loop import Fit
+from .metric_objects import untouched
 from .module import Module
 from .optim import parse_optimizers
 from .rng import derive_stream_of_rank, isolated, seed_generators, seed_of_run
@@ -37,7 +38,9 @@ _EVALUATION = {"validate": ("validation", "val"), "test": ("test", "test"), "pre
 
 
 @contextmanager
-def running(trainer: Trainer, fn: TrainerFn, module: Module, datamodule: DataModule | None) -> Iterator[None]:
+def running(
+    trainer: Trainer, fn: TrainerFn, module: Module, datamodule: DataModule | None, ckpt_path: str | None
+) -> Iterator[None]:
     """Frame of a call: connect, prepare data, set up; the body; tear down. Exceptions pass the hooks and go on."""
     state = trainer.state
     state.fn, state.stage, state.status = fn, _first_stage(fn), TrainerStatus.RUNNING
@@ -47,6 +50,7 @@ def running(trainer: Trainer, fn: TrainerFn, module: Module, datamodule: DataMod
     try:
         with reported(rank=strategy.rank, world_size=strategy.world_size, where=trainer.whereabouts):
             _attach(trainer, module, datamodule)
+            choose.choose_for(trainer, ckpt_path)
             _prepare_data(trainer, module, datamodule)
             _set_up(trainer, module, datamodule)
             yield
@@ -131,9 +135,13 @@ def _tear_down(trainer: Trainer, module: Module, datamodule: DataModule | None) 
 
 
 # --- fit -------------------------------------------------------------------------------------------------------
-def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any, ckpt_path: str | None) -> Fit:
+def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any) -> Fit:
     """Everything between the set-up hooks and `on_train_start`."""
     strategy, metrics, hooks, arguments = trainer.strategy, trainer.metrics, trainer.hooks, trainer.arguments
+    checkpoint = None if trainer.ckpt_path is None else run_state.read(trainer.ckpt_path)
+    if checkpoint is not None:
+        run_state.check_resumable(checkpoint, str(trainer.ckpt_path))
+        trainer.chosen_seed = checkpoint["paceline"]["seed"], False
     trainer.data_settings = DataSettings(
         seed=trainer.seed,
         accumulate=arguments.accumulate_grad_batches,
@@ -144,12 +152,15 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
         overfit=arguments.overfit_batches,
     )
     trainer.train_data = _training_data(trainer, module, loaders)
-    checkpoint = _load(trainer, ckpt_path)
+    if checkpoint is not None:
+        run_state.restore_weights(trainer, checkpoint)  # before `adopt`: a callback may set the accumulation
+        trainer.train_data.adopt(checkpoint["paceline"]["data"])
     trainer.progress = Progress()
     optimizers, configs = parse_optimizers(module.configure_optimizers(), module.automatic_optimization)
     trainer.optimizers, trainer.lr_scheduler_configs = optimizers, configs
     if checkpoint is not None:
-        run_state.restore_progress(trainer, checkpoint, str(trainer.ckpt_path))
+        run_state.restore_progress(trainer, checkpoint)
+        run_state.restore_metrics(trainer, checkpoint)
     strategy.wrap()
 
     progress = trainer.progress
@@ -183,8 +194,12 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
             validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch
         ),
         stepper=stepper,
+        start_streams=lambda: _start_streams(trainer, checkpoint),
+        reload_data=lambda: _reload_data(trainer, fit, module),
         prepare_epoch=lambda: _prepare_epoch(trainer, fit, module),
-        validate=lambda: trainer.validate_inside_fit(),
+        validate=trainer.validate_inside_fit,
+        save_where_due=lambda: _save_where_due(trainer, fit),
+        saves=bool(hooks.on_train_batch_end_acting),
         log_every_n_steps=arguments.log_every_n_steps,
         automatic=module.automatic_optimization,
     )
@@ -194,22 +209,27 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
     fit.num_batches = fit.data.num_batches
     trainer.say_what_was_chosen()
     _call(hooks.on_fit_start)
-    if progress.global_step == 0 and validation is not None:
+    if checkpoint is not None:
+        run_state.restore_optimizers(trainer, checkpoint)
+    elif validation is not None:
         _sanity_check(trainer, validation)
     limits.start()
-    if checkpoint is None or not run_state.restore_randomness(trainer, checkpoint):
-        derive_stream_of_rank(trainer.seed, progress.global_step, strategy.rank)
     return fit
 
 
-def _load(trainer: Trainer, ckpt_path: str | None) -> dict[str, Any] | None:
-    """Choose, read and take back the weights of `ckpt_path`; None to start afresh."""
-    trainer.ckpt_path = choose.choose(trainer, ckpt_path)
-    if trainer.ckpt_path is None:
-        return None
-    checkpoint = run_state.read(trainer.ckpt_path)
-    run_state.restore_weights(trainer, checkpoint)
-    return checkpoint
+def _start_streams(trainer: Trainer, checkpoint: dict[str, Any] | None) -> None:
+    """From here on every rank draws from its own random stream: the saved one, or one derived anew."""
+    if checkpoint is None or not run_state.restore_randomness(trainer, checkpoint):
+        derive_stream_of_rank(trainer.seed, trainer.progress.global_step, trainer.strategy.rank)
+
+
+def _save_where_due(trainer: Trainer, fit: Fit) -> None:
+    """At a window's end: the saves that were asked for inside it, and the callbacks that save or stop."""
+    while fit.asked_saves:
+        trainer.save_checkpoint(*fit.asked_saves.pop(0))
+    if fit.last_batch is not None:
+        for hook in trainer.hooks.on_train_batch_end_acting:
+            hook(*fit.last_batch)
 
 
 def _training_data(trainer: Trainer, module: Module, loaders: Any) -> Any:
@@ -270,19 +290,32 @@ def make_transfer(trainer: Trainer, module: Module, dataloader_idx: int) -> Call
     return transfer
 
 
-def _prepare_epoch(trainer: Trainer, fit: Fit, module: Module) -> None:
-    """What may be another in every epoch: loaders, accumulation, which parameters are trainable."""
+def _reload_data(trainer: Trainer, fit: Fit, module: Module) -> None:
+    """New loaders, where `reload_dataloaders_every_n_epochs` says so."""
     every = trainer.arguments.reload_dataloaders_every_n_epochs
     if every and fit.progress.batches_in_epoch == 0 and fit.progress.epoch and fit.progress.epoch % every == 0:
         if trainer.reloads_train:
             trainer.train_data = fit.data = _training_data(trainer, module, None)
         if trainer.validation is not None and trainer.reloads_val:
             trainer.validation = _validation(trainer, module, None)
+
+
+def _prepare_epoch(trainer: Trainer, fit: Fit, module: Module) -> None:
+    """What hooks may have changed before the epoch: accumulation, and which parameters are trainable."""
     fit.strategy.wrap()
     step = without_missing(module.training_step, 2, "batch_idx")
     fit.training_step = fit.strategy.training_step(step) if fit.automatic else fit.strategy.evaluation_step(step)
+    fit.ghost_step = _ghost(fit.training_step, module)
     fit.num_batches = fit.data.num_batches
     fit.validation.begin_epoch(fit.num_batches, fit.progress)
+
+
+def _ghost(step: Callable[..., Any], module: Module) -> Callable[..., Any]:
+    def ghost_step(*args: Any) -> Any:
+        with untouched(module):
+            return step(*args)
+
+    return ghost_step
 
 
 def _sanity_check(trainer: Trainer, validation: Evaluation) -> None:
@@ -341,9 +374,10 @@ def prepare_evaluation(trainer: Trainer, module: Module, fn: str, loaders: Any) 
     )
 
 
-def prepare_call(trainer: Trainer, module: Module, fn: str, loaders: Any, ckpt_path: str | None) -> Evaluation:
-    """A validate, test or predict of its own: weights from `ckpt_path`, then the data."""
-    _load(trainer, ckpt_path)
+def prepare_call(trainer: Trainer, module: Module, fn: str, loaders: Any) -> Evaluation:
+    """A validate, test or predict of its own: weights from the checkpoint that was asked for, then the data."""
+    if trainer.ckpt_path is not None:
+        run_state.restore_weights(trainer, run_state.read(trainer.ckpt_path))
     return prepare_evaluation(trainer, module, fn, loaders)
 
 

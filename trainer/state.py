@@ -67,15 +67,18 @@ class TrainerState:
 class Progress:
     """How much work is finished: counted here, moved in `loop.py` alone.
 
-    `epoch` epochs; `batches_in_epoch` micro-batches of one rank in the epoch under way, `earlier_batches` before it;
-    `global_step` optimizer steps; `samples` samples over all ranks.
+    `epoch` epochs; `batches_in_epoch` micro-batches of one rank and `windows_in_epoch` windows in the epoch under way,
+    `earlier_batches` micro-batches before it; `global_step` optimizer steps; `samples` samples over all ranks; `due`
+    what remains to be done after the last window, in its order (see `loop.settle`).
     """
 
     epoch: int = 0
     batches_in_epoch: int = 0
+    windows_in_epoch: int = 0
     earlier_batches: int = 0
     global_step: int = 0
     samples: int = 0
+    due: list[str] = field(default_factory=list)
 
     @property
     def total_batches(self) -> int:
@@ -86,7 +89,8 @@ class Progress:
         """The epoch under way is finished."""
         self.epoch += 1
         self.earlier_batches += self.batches_in_epoch
-        self.batches_in_epoch = 0
+        self.batches_in_epoch = self.windows_in_epoch = 0
+        self.due = []
 
 
 @dataclass

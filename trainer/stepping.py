@@ -134,7 +134,8 @@ class Stepper:
         scales = self._window.scales
         left = sum(scale for index, scale in enumerate(scales) if index not in self._skipped)
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
-        torch._foreach_div_(gradients, float(left))
+        if left:  # else what was not skipped weighs nothing
+            torch._foreach_div_(gradients, float(left))
 
     def _closure(self) -> Callable[[], Tensor | None]:
         calls = 0
@@ -149,8 +150,8 @@ class Stepper:
         return closure
 
     def _repeat(self) -> None:
-        """Forward and backward of the kept window once more, without batch hooks."""
-        with torch.enable_grad():
+        """Forward and backward of the kept window once more, without batch hooks; what it logs is logged already."""
+        with torch.enable_grad(), self._metrics.silent():
             self._optimizer.zero_grad()
             self._loss = None
             last = len(self._kept) - 1

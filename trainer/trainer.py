@@ -146,8 +146,8 @@ class Trainer(TrainerProperties):
         self.arguments.check_fit(module)
         self.reloads_train, self.reloads_val = train is None, val_dataloaders is None
         self.fit_run = self.train_data = None
-        with stages.running(self, TrainerFn.FITTING, module, datamodule):
-            fit = stages.prepare_fit(self, module, train, val_dataloaders, _path(ckpt_path))
+        with stages.running(self, TrainerFn.FITTING, module, datamodule, _path(ckpt_path)):
+            fit = stages.prepare_fit(self, module, train, val_dataloaders)
             with torch.autograd.set_detect_anomaly(self.arguments.detect_anomaly):
                 run_fit(fit)
             for hook in self.hooks.on_fit_end:
@@ -207,8 +207,8 @@ class Trainer(TrainerProperties):
         module, path = self._module_and_path(fn, model, ckpt_path)
         if model is None and loaders is None and datamodule is None:
             datamodule = self.datamodule
-        with stages.running(self, fn, module, datamodule):
-            self.evaluation = stages.prepare_call(self, module, str(fn), loaders, path)
+        with stages.running(self, fn, module, datamodule, path):
+            self.evaluation = stages.prepare_call(self, module, str(fn), loaders)
             yield self.evaluation
 
     def _evaluate(
@@ -250,6 +250,8 @@ class Trainer(TrainerProperties):
         if self._cluster is None and self._choice.ranks_here * self._choice.num_nodes > 1:
             launch.start_ranks(self._choice.ranks_here, self._choice.num_nodes)
         self.strategy.connect(self._cluster)
+        for channel in ("control", "metrics", "data"):  # made together: making one is a collective
+            self.strategy.channel(channel)
         self._connected = True
 
     def claim_run_folder(self) -> None:
@@ -267,8 +269,7 @@ class Trainer(TrainerProperties):
 
     def validate_inside_fit(self) -> None:
         """A validation run of `fit`."""
-        if self.validation is None:
-            return
+        assert self.validation is not None
         before, self.state.stage = self.state.stage, RunningStage.VALIDATING
         evaluate(self.validation)
         self.state.stage = before
@@ -284,9 +285,15 @@ class Trainer(TrainerProperties):
     def save_checkpoint(
         self, filepath: str | os.PathLike[str], weights_only: bool = False, storage_options: Any = None
     ) -> str:
-        """Save the run's state on every rank's call; returns the path it got (a taken name gets `-v1`)."""
+        """Save the run's state on every rank's call; returns the path it got (a taken name gets `-v1`).
+
+        Inside a window of micro-batches it is saved at the window's end, where a resumed run can go on.
+        """
         if self.module is None:
             raise ConfigurationError("save_checkpoint() needs a module: call it in or after fit, validate or test.")
+        if self.fit_run is not None and self.fit_run.inside_window:
+            self.fit_run.asked_saves.append((os.fspath(filepath), weights_only))
+            return os.fspath(filepath)
         return save_checkpoint(self, filepath, weights_only)
 
     def print(self, *args: Any, **kwargs: Any) -> None:

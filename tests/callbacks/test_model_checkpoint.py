@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.callback_runs import BATCHES, Scripted, loader, trainer
 
 import paceline as pl
 from paceline.callbacks import Callback, ModelCheckpoint
@@ -20,6 +19,8 @@ from paceline.callbacks.agreed_clock import AgreedClock, steps_to_wait
 from paceline.callbacks.checkpoint_names import format_name
 from paceline.callbacks.top_k import best, comparable, qualifies, worst
 from paceline.errors import ConfigurationError
+
+from helpers.callback_runs import BATCHES, Scripted, loader, trainer
 
 
 # --- names -----------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.wandb_files import OfflineRun, read_offline_runs
 
 from paceline.callbacks.wandb_logger import WandbLogger
 from paceline.errors import ConfigurationError
+
+from helpers.wandb_files import OfflineRun, read_offline_runs
 
 wandb = pytest.importorskip("wandb")
 

@@ -68,9 +68,9 @@ def test_the_exception_of_one_rank_is_printed_once_and_last_with_its_rank() -> N
     result = run_script(RAISES_BESIDE_ONE_THAT_WAITS)
     assert result.returncode == 1
     assert result.stderr.count("Traceback") == 1
-    assert result.stderr.startswith("rank 1 of 2 (host ")
-    assert "pid " in result.stderr.splitlines()[0]
-    assert result.stderr.splitlines()[0].endswith("failed in epoch 0, batch 3:")
+    assert result.stderr.startswith("\nrank 1 of 2 (host ")
+    assert "pid " in result.stderr.splitlines()[1]
+    assert result.stderr.splitlines()[1].endswith("failed in epoch 0, batch 3:")
     assert result.stderr.endswith("\nValueError: no such pixel\n")
     assert result.left_behind == []
 
@@ -88,7 +88,7 @@ def test_when_all_ranks_raise_one_is_printed_though_they_are_not_connected_yet()
     result = run_script(ranks("""run(lambda: int(f"too hot on rank {rank}"))"""))
     assert result.returncode == 1
     assert result.stderr.count("Traceback") == result.stderr.count("ValueError: invalid literal") == 1
-    assert result.stderr.startswith(f"rank {result.stderr.rstrip()[-2]} of 2 ")
+    assert result.stderr.startswith(f"\nrank {result.stderr.rstrip()[-2]} of 2 ")
 
 
 def test_a_failure_in_the_wake_of_another_counts_as_that_failure() -> None:
@@ -207,6 +207,6 @@ def test_a_rank_that_lost_the_store_prints_one_line() -> None:
     """
     result = run_script(code)
     assert result.returncode == 1
-    first, second = result.stderr.splitlines()
+    _, first, second = result.stderr.splitlines()
     assert first.startswith("rank 1 of 2 ")
     assert second == "RuntimeError: closed by peer"

@@ -123,7 +123,7 @@ def test_the_program_is_found_in_a_command_line(command_line: str, program: tupl
 def test_the_first_failing_rank_gives_the_exit_code() -> None:
     result = run_script(ranks("sys.exit(3) if rank == 1 else (signal.alarm(60), signal.pause())"))
     assert result.returncode == 3
-    assert result.stderr.startswith("rank 1 (pid ")
+    assert result.stderr.startswith("\nrank 1 (pid ")
     assert result.stderr.endswith(" ended with exit code 3; the other ranks were ended.\n")
     assert result.left_behind == []
 
@@ -179,9 +179,9 @@ def test_a_rank_that_is_killed_is_named_with_the_signal() -> None:
         victim.kill()
         result = running.wait()
     assert result.returncode == 128 + signal.SIGKILL
-    assert result.stderr.startswith(f"rank {rank} (pid {victim.pid}, host ")
+    assert result.stderr.startswith(f"\nrank {rank} (pid {victim.pid}, host ")
     assert " was killed by SIGKILL (out of memory?" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert len(result.stderr.strip().splitlines()) == 1
     assert result.left_behind == []
 
 
@@ -328,9 +328,9 @@ def test_two_nodes_form_one_job_and_the_failure_of_one_ends_both() -> None:
     with start_command(*node(0)) as first, start_command(*node(1)) as second:
         results = [first.wait(), second.wait()]
     assert [result.returncode for result in results] == [1, 1]
-    assert results[1].stderr.startswith("rank 1 of 2 ")
+    assert results[1].stderr.startswith("\nrank 1 of 2 ")
     assert results[1].stderr.endswith("ValueError: 2 ranks, group 1\n")
-    assert results[0].stderr.startswith("node 1 (host ")
+    assert results[0].stderr.startswith("\nnode 1 (host ")
     assert "Traceback" not in results[0].stderr
 
 

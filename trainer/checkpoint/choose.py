@@ -9,12 +9,29 @@ from typing import TYPE_CHECKING, Any
 from ...errors import CheckpointError
 from ..rank_zero import rank_zero_warn
 from .find import find_newest
+from .load import load
 from .pointer import resolve_pointer
-from .run_state import read
+from .run_folder import version_folder_of
 from .storage import storage_of
 
 if TYPE_CHECKING:
     from ..trainer import Trainer
+
+
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+def choose_for(trainer: Trainer, ckpt_path: str | None) -> None:
+    """Set `trainer.ckpt_path`; a run that goes on by itself goes on in its own folder.
+
+    An attempt that the launcher restarted is "auto" where nothing else was asked for.
+    """
+    restarted = any(int(os.environ.get(name) or 0) > 0 for name in _RESTARTS)
+    if ckpt_path is None and restarted and trainer.state.fn == "fit":
+        ckpt_path = "auto"
+    trainer.ckpt_path = choose(trainer, ckpt_path)
+    if ckpt_path == "auto" and trainer.ckpt_path is not None and trainer.run_folder is None:
+        trainer.run_folder = version_folder_of(trainer.ckpt_path, trainer.default_root_dir)
 
 
 def choose(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None) -> str | None:
@@ -61,7 +78,8 @@ def _best_of_this_process(trainer: Trainer) -> str:
 
 
 def _best_recorded_in(path: str) -> str:
-    for state in read(path).get("callbacks", {}).values():
+    states = load(path).state_item("callbacks")
+    for state in states.values() if isinstance(states, dict) else ():
         if isinstance(state, dict) and state.get("best_model_path"):
             best = str(state["best_model_path"])
             storage, parent = storage_of(path)

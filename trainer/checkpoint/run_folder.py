@@ -27,3 +27,17 @@ def claim_version_folder(root: str) -> str:
             number += 1
             continue
         return folder
+
+
+def version_folder_of(path: str, root: str) -> str | None:
+    """The `version_N` of `root` that holds the checkpoint `path`; None if it lies elsewhere."""
+    storage, place = storage_of(root)
+    _, path = storage_of(path)
+    while path and path != place:
+        parent, name = storage.split(path)
+        if parent == path:
+            return None
+        if parent == place:
+            return path if name.startswith(_PREFIX) else None
+        path = parent
+    return None

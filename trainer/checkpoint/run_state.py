@@ -34,7 +34,11 @@ def save_checkpoint(trainer: Trainer, path: str | os.PathLike[str], weights_only
                 model=checkpoint.pop("state_dict"),
                 optimizer=checkpoint.pop("optimizer_states", None),
                 state=checkpoint,
-                meta={"global_step": trainer.global_step, "epoch": trainer.current_epoch},
+                meta={
+                    "global_step": trainer.global_step,
+                    "epoch": trainer.current_epoch,
+                    "world_size": trainer.world_size,
+                },
             )
         except CheckpointError as error:
             outcome = error
@@ -67,10 +71,11 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["callbacks"] = {
             callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())
         }
+        of_rank = {"random": random_state(), "metrics": trainer.metrics.state_dict(module)}
         checkpoint["paceline"] = {
             "seed": trainer.seed,
-            "world_size": strategy.world_size,
-            "random_states": strategy.all_gather_object(random_state()),
+            "data": trainer.train_data.facts() if trainer.train_data is not None else None,
+            "ranks": strategy.all_gather_object(of_rank),
             "scaler": strategy.scaler.state_dict() if strategy.scaler is not None else None,
         }
         if trainer.datamodule is not None:
@@ -94,6 +99,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint
 
 
+def check_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
+    """CheckpointError for a checkpoint of weights alone."""
+    if "optimizer_states" not in checkpoint or "paceline" not in checkpoint:
+        raise CheckpointError(
+            f"{path} holds weights only, so no run can go on from it. Use load_from_checkpoint and start a new one, "
+            "or a checkpoint that was saved without weights_only."
+        )
+
+
 def restore_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Weights, and the states of the data module and the callbacks; before the optimizers exist."""
     module = trainer.lightning_module
@@ -111,13 +125,18 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 callback.load_state_dict(states[callback.state_key])
 
 
-def restore_progress(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:
-    """Optimizers, schedulers, scaler and counters; after `configure_optimizers`."""
-    if "optimizer_states" not in checkpoint:
-        raise CheckpointError(
-            f"{path} holds weights only, so no run can go on from it. Use load_from_checkpoint and start a new one, "
-            "or a checkpoint that was saved without weights_only."
-        )
+def restore_progress(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """The counters; before the hooks that read them."""
+    progress = trainer.progress = Progress(**checkpoint["loops"])
+    if progress.due == ["next_epoch"]:
+        progress.end_epoch()
+    assert trainer.train_data is not None
+    batches = progress.windows_in_epoch * trainer.train_data.micro_batches
+    progress.batches_in_epoch = int(min(batches, trainer.train_data.num_batches))
+
+
+def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Optimizers, schedulers and scaler; after `on_fit_start`, where callbacks add the groups that they had added."""
     names = dict(trainer.lightning_module.named_parameters())
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         load_optimizer_state_by_name(optimizer, state, names)
@@ -126,13 +145,22 @@ def restore_progress(trainer: Trainer, checkpoint: dict[str, Any], path: str) ->
             config.scheduler.load_state_dict(state)
     if trainer.strategy.scaler is not None and checkpoint["paceline"]["scaler"] is not None:
         trainer.strategy.scaler.load_state_dict(checkpoint["paceline"]["scaler"])
-    trainer.progress = Progress(**checkpoint["loops"])
+
+
+def restore_metrics(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """What was logged in the epoch under way; on another number of ranks, rank 0 takes what all had logged."""
+    states, metrics, module = checkpoint["paceline"]["ranks"], trainer.metrics, trainer.lightning_module
+    if len(states) == trainer.world_size:
+        metrics.load_state_dict(states[trainer.global_rank]["metrics"], module)
+        return
+    metrics.load_state_dict(states[0]["metrics"], module)
+    metrics.merge_epoch([state["metrics"] for state in states[1:]], keep=trainer.is_global_zero)
 
 
 def restore_randomness(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
     """This rank's random streams, right before training goes on; False where the number of ranks is another."""
-    states = checkpoint["paceline"]["random_states"]
+    states = checkpoint["paceline"]["ranks"]
     if len(states) != trainer.world_size:
         return False
-    restore_random_state(states[trainer.global_rank])
+    restore_random_state(states[trainer.global_rank]["random"])
     return True

@@ -256,6 +256,37 @@ def test_a_save_in_a_place_where_another_just_came_first_takes_the_next_name(
     assert verify(late) == [] and verify(raced[1]) == []
 
 
+def test_a_manifest_that_arrived_though_its_put_failed_is_taken_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = f"memory://bucket/{uuid.uuid4().hex}"
+    save_step(folder, 1)
+    real = storage.ObjectStore.create
+
+    def create(self: storage.ObjectStore, path: str, data: bytes) -> None:
+        real(self, path, data)
+        if path.endswith("manifest.json"):
+            raise TimeoutError("no answer")
+
+    for kept in range(8):
+        removed: list[str] = []
+
+        def fail_later(kind: str, path: str, kept: int = kept, removed: list[str] = removed) -> None:
+            if kind == "remove":
+                removed.append(path)
+                if len(removed) > kept:
+                    raise ConnectionError("cut")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage.ObjectStore, "create", create)
+            patch.setattr(storage, "changing", fail_later)
+            with pytest.raises(CheckpointError, match="no answer"):
+                save_step(folder, 2)
+        path, skipped = find_newest([folder])
+        assert path is not None and newest_step(folder) == (2 if kept == 0 else 1)
+        assert all("no manifest.json" in reason for _, reason in skipped)
+        if kept == 0:
+            remove(path)
+
+
 def test_an_interrupt_during_a_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(kind: str, path: str) -> None:
         if path.endswith("model.safetensors"):

@@ -89,6 +89,13 @@ def test_a_pointer_to_what_is_gone_says_so(folder: str) -> None:
         load(pointer)
 
 
+def test_a_reader_of_a_pointer_sees_the_old_or_the_new_one_whole(tmp_path: Path) -> None:
+    first, second = save_step(str(tmp_path), 1), save_step(str(tmp_path), 2)
+    with open(write_pointer(tmp_path / "last.ckpt", first), "rb") as reader:
+        write_pointer(tmp_path / "last.ckpt", second)
+        assert json.loads(reader.read())["target"] == "x.ckpt"
+
+
 def test_a_pointer_never_replaces_anything_else(tmp_path: Path) -> None:
     path = save_step(str(tmp_path), 1)
     (tmp_path / "other.ckpt").write_text("something of others")

@@ -89,6 +89,12 @@ def edit_header(path: Path, change: Callable[[Any], Any]) -> None:
     replace(path, "model.safetensors", len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    data = (path / "model.safetensors").read_bytes()
+    record: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return record
+
+
 def assert_refused(path: Path, name: str, reason: str) -> None:
     """Refused when loaded, reported by `verify`, passed over by `find_newest`: always by file and reason."""
     with pytest.raises(CheckpointError) as refusal:
@@ -334,6 +340,12 @@ HEADERS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
 def test_a_header_that_no_save_writes_is_refused(path: Path, change: Callable[[Any], Any], reason: str) -> None:
     edit_header(path, change)
     assert_refused(path, "model.safetensors", reason)
+
+
+def test_a_tensor_that_no_index_names_is_reported(path: Path) -> None:
+    end = max(entry["data_offsets"][1] for entry in header_of(path).values() if "dtype" in entry)
+    edit_header(path, lambda h: h.update(stray=entry("F32", [0], end, end)))
+    assert "'stray', which no index names" in verify(path)[0]
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**63, 2**64 - 1])

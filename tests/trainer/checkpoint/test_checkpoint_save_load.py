@@ -142,6 +142,20 @@ def test_each_block_has_its_own_checksum(tmp_path: Path, monkeypatch: pytest.Mon
     assert verify(path) == []
 
 
+def test_each_block_is_read_and_summed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "x", model={f"w{i}": torch.randn(50) for i in range(200)}, meta=META)
+    read: list[int] = []
+    fill = blocks.BlockReader._fill
+
+    def counted(self: blocks.BlockReader, view: memoryview, start: int) -> None:
+        read.append(len(view))
+        fill(self, view, start)
+
+    monkeypatch.setattr(blocks.BlockReader, "_fill", counted)
+    load(path).model
+    assert sum(read) == sum(file.stat().st_size for file in Path(path).iterdir())
+
+
 def test_pieces_worth_a_thread_get_the_same_checksums(tmp_path: Path) -> None:
     path = save(tmp_path / "x", model={"a": torch.randn(5_000_000), "b": torch.randn(100_000)}, meta=META)
     data = Path(path, "model.safetensors").read_bytes()

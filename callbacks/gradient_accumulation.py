@@ -1,0 +1,78 @@
+"""`GradientAccumulationScheduler`: another accumulation from some epochs on, through the trainer's public knob."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError
+from ..trainer.callback import Callback
+from ..trainer.state import TrainerFn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..trainer.module import Module
+    from ..trainer.trainer import Trainer
+
+
+class GradientAccumulationScheduler(Callback):
+    """Sets `trainer.accumulate_grad_batches` as epochs begin: `{0: 8, 4: 4}` is 8 in epochs 0 to 3, then 4.
+
+    `scheduling` maps epochs, counted from 0, to micro-batches of a rank in a window; before the first it is 1.
+    Raises ConfigurationError beside `Trainer(accumulate_grad_batches=...)`, which says the same thing.
+    """
+
+    def __init__(self, scheduling: Mapping[int, int]) -> None:
+        if not scheduling:
+            raise ConfigurationError("scheduling={} says nothing. Give epochs and factors, as in {0: 8, 4: 4}.")
+        for epoch, factor in scheduling.items():
+            if not _is_count(epoch, 0) or not _is_count(factor, 1):
+                raise ConfigurationError(
+                    f"scheduling has {epoch!r}: {factor!r}, expected an epoch (an int from 0) and a number of "
+                    "micro-batches (an int from 1)."
+                )
+        self.scheduling = {0: 1, **scheduling}
+        self.epochs = sorted(self.scheduling)
+
+    def going_to_accumulate_grad_batches(self) -> bool:
+        """Whether any epoch accumulates."""
+        return any(factor > 1 for factor in self.scheduling.values())
+
+    def get_accumulate_grad_batches(self, epoch: int) -> int:
+        """The factor of `epoch`."""
+        return self.scheduling[max(start for start in self.epochs if start <= epoch)]
+
+    def estimated_steps(
+        self, max_epochs: int | None, max_steps: int, batches: int | float, otherwise: int | float
+    ) -> int | float:
+        """Optimizer steps of a whole run with `batches` micro-batches an epoch; `otherwise` where no one can tell."""
+        if max_epochs is None or max_epochs < 0 or batches == math.inf:
+            return otherwise
+        steps = sum(math.ceil(batches / self.get_accumulate_grad_batches(epoch)) for epoch in range(max_epochs))
+        return steps if max_steps == -1 else min(steps, max_steps)
+
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ConfigurationError(
+                "GradientAccumulationScheduler cannot be used with manual optimization: call manual_backward several "
+                "times before step() in training_step."
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ConfigurationError(
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches} and a GradientAccumulationScheduler "
+                "contradict each other. Leave one out."
+            )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:  # an epoch goes on as it began
+            trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(checkpoint["epoch"])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
+        trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
