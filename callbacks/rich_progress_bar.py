@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from ..trainer.trainer import Trainer
 
-_WIDE, _BAR_WIDTH = 80, 10  # columns of a terminal that leaves room for a bar, and the least room it then gets
+_WIDE = 80  # columns of a terminal that has room for a bar
+_BAR_WIDTH = 10  # the least room that a bar gets
 
 
 @dataclass
@@ -68,27 +69,27 @@ class RichProgressBar(ProgressBar):
         from rich.table import Column
 
         theme = self.theme
-        wide = self._new_console().width >= _WIDE
 
         def text(source: str, style: str, **column: Any) -> TextColumn:
             options: dict[str, Any] = {"no_wrap": True} | column
             return TextColumn(f"{{task.{source}}}", style or "none", markup=False, table_column=Column(**options))
 
-        bar = BarColumn(
-            bar_width=None,  # what the texts leave
-            complete_style=theme.progress_bar,
-            finished_style=theme.progress_bar_finished,
-            pulse_style=theme.progress_bar_pulse,
-            table_column=Column(ratio=1, no_wrap=True, min_width=_BAR_WIDTH if wide else None),
-        )
-        return [
-            text("description", theme.description),
-            bar,
+        numbers = [
             text("fields[batches]", theme.batch_progress),
             text("fields[clock]", theme.time),
             text("fields[speed]", theme.processing_speed),
-            text("fields[metrics]", theme.metrics, no_wrap=False, overflow="fold"),  # gives way first, by more lines
         ]
+        if self._new_console().width < _WIDE:  # no room for a bar: the metrics get what the texts leave
+            return [text("description", theme.description), *numbers, text("fields[metrics]", theme.metrics, ratio=1)]
+        bar = BarColumn(
+            bar_width=None,
+            complete_style=theme.progress_bar,
+            finished_style=theme.progress_bar_finished,
+            pulse_style=theme.progress_bar_pulse,
+            table_column=Column(ratio=1, no_wrap=True, min_width=_BAR_WIDTH),
+        )
+        metrics = text("fields[metrics]", theme.metrics, no_wrap=False, overflow="fold")  # gives way, by more lines
+        return [text("description", theme.description), bar, *numbers, metrics]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         if self._progress is None:
@@ -119,7 +120,8 @@ class RichProgressBar(ProgressBar):
         self._tasks[stage.kind] = self._add_task(self._progress, stage)
 
     def _add_task(self, progress: Progress, stage: Stage) -> TaskID:
-        return progress.add_task(stage.description, total=_total(stage), **_texts(stage), metrics="")
+        fields: dict[str, Any] = dict(_texts(stage))
+        return progress.add_task(stage.description, total=_total(stage), metrics="", **fields)
 
     def _draw(self, stage: Stage, metrics: dict[str, Any] | None) -> None:
         if self._progress is None:

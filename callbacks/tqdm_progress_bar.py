@@ -6,6 +6,7 @@ import functools
 import math
 import sys
 import time
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .progress_bar import ProgressBar, Stage
@@ -62,7 +63,7 @@ class TQDMProgressBar(ProgressBar):
         return self._new_bar(self.predict_description, nested=False, leave=True)
 
     def _new_bar(self, description: str, nested: bool, leave: bool = False) -> tqdm[Any]:
-        return bar_class()(
+        bar: tqdm[Any] = bar_class()(
             desc=description,
             position=2 * self._process_position + nested,
             disable=self.is_disabled or not self._terminal,
@@ -72,6 +73,7 @@ class TQDMProgressBar(ProgressBar):
             smoothing=0,
             bar_format=self.BAR_FORMAT,
         )
+        return bar
 
     @property
     def train_progress_bar(self) -> tqdm[Any]:
@@ -146,12 +148,10 @@ def _place(stage: Stage) -> str:
 @functools.cache
 def bar_class() -> Any:
     """tqdm's class for where we are, without its thread: we say when to draw."""
-    if "ipykernel" in sys.modules:
-        from tqdm.auto import tqdm
-    else:
-        from tqdm.std import tqdm
+    # tqdm.auto knows notebooks, and costs an import of asyncio.
+    base: Any = import_module("tqdm.auto" if "ipykernel" in sys.modules else "tqdm.std").tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(base):  # type: ignore[misc]
         monitor_interval = 0
 
     return Bar

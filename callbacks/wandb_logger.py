@@ -124,7 +124,7 @@ class WandbLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.experiment.config.update(jsonable(hparams_dict(params)), allow_val_change=True)  # type: ignore[no-untyped-call]
+        self.experiment.config.update(jsonable(hparams_dict(params)), allow_val_change=True)
 
     @rank_zero_only
     def watch(
@@ -141,7 +141,7 @@ class WandbLogger(Logger):
     def log_table(
         self,
         key: str,
-        columns: list[str] | None = None,
+        columns: list[str | int] | None = None,
         data: list[list[Any]] | None = None,
         dataframe: Any = None,
         step: int | None = None,
@@ -155,7 +155,7 @@ class WandbLogger(Logger):
     def log_text(
         self,
         key: str,
-        columns: list[str] | None = None,
+        columns: list[str | int] | None = None,
         data: list[list[str]] | None = None,
         dataframe: Any = None,
         step: int | None = None,
@@ -240,12 +240,13 @@ class WandbLogger(Logger):
         if wandb.run is not None and use_artifact:
             found = wandb.run.use_artifact(artifact, type=artifact_type)
         else:
-            found = wandb.Api().artifact(artifact, type=artifact_type)  # type: ignore[no-untyped-call]
+            found = wandb.Api().artifact(artifact, type=artifact_type)
         return str(found.download(root=save_dir))
 
     def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Artifact:
         """Note that this run uses an artifact, and return it."""
-        return self.experiment.use_artifact(artifact, type=artifact_type)
+        used: Artifact = self.experiment.use_artifact(artifact, type=artifact_type)
+        return used
 
     # --- resuming ----------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:

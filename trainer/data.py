@@ -26,6 +26,7 @@ from .loaders import (
     can_be_taken_over,
     draw,
     draws_own_batches,
+    holds_loaders,
     is_plain_shuffle,
     length_of,
     length_or_error,
@@ -409,7 +410,7 @@ class _DrawnOrder(Order):
 
 def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> PlannedData | StreamedData:
     """The training data behind what a user gave: one loader, or a collection of them (see `CombinedLoader`)."""
-    if isinstance(loaders, (dict, list, tuple)) and any(_is_loader(item) for item in _leaves(loaders)):
+    if holds_loaders(loaders):
         loaders = CombinedLoader(loaders, "max_size_cycle")
     if isinstance(loaders, CombinedLoader):
         return _combined_data(loaders, strategy, settings)
@@ -468,17 +469,3 @@ class RankBatches:
 
     def __len__(self) -> int:
         return self._data.num_batches
-
-
-def _leaves(loaders: Any) -> list[Any]:
-    if isinstance(loaders, dict):
-        return [leaf for item in loaders.values() for leaf in _leaves(item)]
-    if isinstance(loaders, (list, tuple)):
-        return [leaf for item in loaders for leaf in _leaves(item)]
-    return [loaders]
-
-
-def _is_loader(item: Any) -> bool:
-    return isinstance(item, (DataLoader, CombinedLoader)) or (
-        hasattr(item, "__iter__") and not isinstance(item, (Tensor, str, list, tuple, dict))
-    )

@@ -41,6 +41,7 @@ class Evaluation:
     inference_mode: bool
     keep_outputs: bool = False
     batch_idx: int = 0
+    indices: Any = None
     dataloader_idx: int = 0
     outputs: list[list[tuple[int, Any]]] = field(default_factory=list)
 
@@ -73,8 +74,8 @@ def _evaluate_loader(run: Evaluation, data: EvaluationData, limit: int | float) 
     metrics, stage, index = run.metrics, run.stage, run.dataloader_idx
     before, after = getattr(run.hooks, f"on_{stage}_batch_start"), getattr(run.hooks, f"on_{stage}_batch_end")
     transfer, step_name = run.transfers[index], f"{stage}_step"
-    for batch_idx, batch, weight in data.batches(limit):
-        run.batch_idx = batch_idx
+    for batch_idx, batch, weight, indices in data.batches(limit):
+        run.batch_idx, run.indices = batch_idx, indices
         if transfer is not None:
             batch = transfer(batch)
         metrics.window += 1
@@ -102,13 +103,11 @@ def _reduced(run: Evaluation) -> list[dict[str, float]]:
     """Reduce what was logged; metrics that belong to no one loader stand in each dict."""
     if run.stage == "predict":
         return []
-    owners = run.metrics.owners()
     progress = run.progress
-    run.metrics.finish_epoch(progress.global_step, progress.epoch, progress.samples)
+    owners = run.metrics.finish_epoch(progress.global_step, progress.epoch, progress.samples)
     values = run.metrics.callback_metrics()
-    names = {name: owner for name, owner in owners.items() if name in values}
     return [
-        {name: values[name].item() for name, owner in names.items() if owner in (None, index)}
+        {name: values[name].item() for name, owner in owners.items() if owner in (None, index)}
         for index in range(len(run.data))
     ]
 
@@ -116,16 +115,9 @@ def _reduced(run: Evaluation) -> list[dict[str, float]]:
 @contextmanager
 def _evaluating(run: Evaluation) -> Iterator[None]:
     """Layers get their modes back afterwards, and training metrics their window."""
-    metrics = run.metrics
-    window, batch, weight = metrics.window, metrics.batch, metrics.weight
     run.module.__dict__["_modes"] = [(module, module.training) for module in run.module.modules()]
-    metrics.evaluating = True
-    try:
+    with run.metrics.evaluation():
         yield
-    finally:
-        metrics.evaluating = False
-        metrics.dataloader_idx = None
-        metrics.window, metrics.batch, metrics.weight = window, batch, weight
 
 
 def _call(hooks: Sequence[Callable[..., Any]]) -> None:

@@ -22,6 +22,7 @@ from .loaders import (
     can_be_taken_over,
     draw,
     draws_own_batches,
+    holds_loaders,
     is_plain_shuffle,
     length_of,
     resolve_limit,
@@ -34,11 +35,15 @@ if TYPE_CHECKING:
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch of one process: `batch_idx` counts those of all ranks, `weight` are its samples."""
+    """A batch of one process: `batch_idx` counts those of all ranks, `weight` are its samples.
+
+    `indices` are those of its samples in the data set; None where the loader is no map-style DataLoader.
+    """
 
     batch_idx: int
     batch: Any
     weight: int
+    indices: Any = None
 
 
 class EvaluationData:
@@ -88,7 +93,7 @@ class EvaluationData:
         generator.manual_seed(self._seed)
         for index, batch in zip(mine, self._loader, strict=True):
             size = len(lists[index]) if isinstance(lists[index], (list, tuple, range)) else batch_size_of(batch) or 1
-            yield EvaluationBatch(index, batch, size)
+            yield EvaluationBatch(index, batch, size, lists[index])
 
     def _index_lists(self, count: int) -> list[Any]:
         """The indices of the first `count` batches, as the user's loader would draw them."""
@@ -115,12 +120,10 @@ def evaluation_data(
         flat = [loaders]
     elif isinstance(loaders, CombinedLoader):
         flat = loaders.flattened
-    elif isinstance(loaders, dict):
+    elif holds_loaders(loaders):
         flat = CombinedLoader(loaders, "sequential").flattened
-    elif isinstance(loaders, (list, tuple)):
-        flat = list(loaders)
     else:
-        flat = [loaders]
+        flat = [loaders] if loaders != [] else []
     limits = limit if isinstance(limit, (list, tuple)) else [limit] * len(flat)
     return [
         EvaluationData(loader, strategy, seed, limit, argument, take_over)

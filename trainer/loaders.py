@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -118,6 +118,25 @@ def seed_of(loader: DataLoader[Any], seed: int) -> int:
     """The seed of the generator that the user gave the loader, if any: `DataLoader(generator=...)` stays meaningful."""
     generator = getattr(loader.sampler, "generator", None) or loader.generator
     return generator.initial_seed() if isinstance(generator, torch.Generator) else seed
+
+
+def holds_loaders(loaders: Any) -> bool:
+    """True for a dict, list or tuple (nested ones too) of loaders; False for one of batches, or a loader itself."""
+    return isinstance(loaders, (dict, list, tuple)) and any(_is_loader(leaf) for leaf in _leaves(loaders))
+
+
+def _leaves(loaders: Any) -> list[Any]:
+    if isinstance(loaders, dict):
+        return [leaf for item in loaders.values() for leaf in _leaves(item)]
+    if isinstance(loaders, (list, tuple)):
+        return [leaf for item in loaders for leaf in _leaves(item)]
+    return [loaders]
+
+
+def _is_loader(item: Any) -> bool:
+    """Whatever can be iterated, but for what batches are made of."""
+    batch_like = isinstance(item, (Tensor, str, bytes, Mapping)) or hasattr(item, "__array__")
+    return hasattr(item, "__iter__") and not batch_like
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------

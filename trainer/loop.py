@@ -117,7 +117,9 @@ def train_epoch(fit: Fit) -> bool:
         if fit.saves or fit.asked_saves:
             fit.save_where_due()
         if progress.due:
+            validates = "validation" in progress.due
             settle(fit)
+            stop = stop or (validates and fit.control.stop_agreed_now())
         if stop or step == fit.limits.max_steps:
             finish_epoch(fit, whole=last)
             return True
@@ -203,9 +205,10 @@ def train_window(fit: Fit, window: Window) -> bool:
 
         progress.batches_in_epoch += 1
         if index == last:
+            stepped = stepper.step(batch_idx)
             progress.windows_in_epoch += 1
             progress.samples += window.samples
-            if stepper.step(batch_idx):
+            if stepped:
                 progress.global_step += 1
                 if fit.schedulers.by_step:
                     fit.schedulers.run("step", progress)

@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
 
 
 def is_metric_object(value: Any) -> bool:
     """True for a torchmetrics.Metric and for whatever has its interface."""
     return all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset", "forward"))
+
+
+def path_of(metric: Any, module: nn.Module | None) -> str:
+    """Where `metric` is in `module`, for `module.get_submodule`; "" where it is not."""
+    return "" if module is None else next((path for path, part in module.named_modules() if part is metric), "")
+
+
+def compute(metric: Any, strategy: Strategy) -> Any:
+    """`metric.compute()` over what all ranks fed it; afterwards its states are this rank's own again. Collective.
+
+    torchmetrics' own way would wait for ever where a rank had no batch, or another number of them.
+    """
+    if strategy.world_size == 1 or not hasattr(metric, "_reductions"):
+        return metric.compute()
+    parts = [part for part in metric.modules() if hasattr(part, "_reductions")]
+    mine = [
+        (part._update_count > 0, {name: _on_cpu(getattr(part, name)) for name in part._reductions}) for part in parts
+    ]
+    shares = strategy.all_gather_object(mine)
+    before = [dict(vars(part)) for part in parts]
+    for number, part in enumerate(parts):
+        fed = [states for was_fed, states in (share[number] for share in shares) if was_fed] or [mine[number][1]]
+        for name, reduction in part._reductions.items():
+            setattr(part, name, _merged([states[name] for states in fed], reduction, part.device))
+        part._to_sync, part._computed, part._update_count = False, None, max(part._update_count, 1)
+    try:
+        return metric.compute()
+    finally:
+        for part, attributes in zip(parts, before, strict=True):
+            vars(part).update(attributes)
+
+
+def _merged(states: list[Any], reduction: Callable[[Tensor], Any] | None, device: torch.device) -> Any:
+    """One state of several ranks: lists in the order of one process, tensors by the metric's own reduction."""
+    if any(isinstance(state, list) for state in states):
+        lists = [state if isinstance(state, list) else [state] for state in states]
+        rounds = zip_longest(*lists)  # batch i was rank i mod n's
+        return [item.to(device) for one_round in rounds for item in one_round if item is not None]
+    if len(states) == 1:
+        return states[0].to(device)
+    stacked = torch.stack(states).to(device)
+    return stacked if reduction is None else reduction(stacked)
+
+
+def _on_cpu(state: Any) -> Any:
+    """A state as it can be sent to another rank."""
+    return [item.cpu() for item in state] if isinstance(state, list) else state.cpu()
 
 
 def metric_states(module: nn.Module) -> dict[str, dict[str, Any]]:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from .loaders import batch_size_of
-from .metric_objects import is_metric_object, load_metric_states, metric_states
+from .metric_objects import compute, is_metric_object, load_metric_states, metric_states, path_of
 from .reduction import NEUTRAL, Capacity, HostCopy, Sum, Transfer, combine, widen
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _BAR_SECONDS = 0.5
 _REDUCTIONS = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "amin": "min", "max": "max", "amax": "max"}
 _RESTORED = ("restored",)  # in the place of an entry's flags: those of its next call hold
-_EPOCH_ENDS = frozenset({"on_train_epoch_end", "on_validation_epoch_end", "on_test_epoch_end"})
+_EVALUATION_ENDS = frozenset({"on_validation_epoch_end", "on_test_epoch_end"})
 
 #: For each hook that may log: on_step and on_epoch by default, and whether on_step is possible.
 _STEP, _EPOCH, _EPOCH_ONLY = (True, False, True), (False, True, True), (False, True, False)
@@ -103,11 +103,11 @@ class Entry:
         for value, weight in zip(self.values, self.weights, strict=True):
             if weight:
                 total = combine(self.op, total, widen(value) * weight if self.op == "mean" else widen(value))
-        return Sum(self.op, total, sum(self.weights))
+        return Sum(self.op, total, sum(self.weights), self.label(False))
 
     def epoch_sum(self) -> Sum:
         """What the epoch's batches so far come to."""
-        return Sum(self.op, NEUTRAL[self.op] if self.total is None else self.total, self.weight)
+        return Sum(self.op, NEUTRAL[self.op] if self.total is None else self.total, self.weight, self.label(True))
 
     def running(self) -> Any:
         """This rank's epoch value so far."""
@@ -119,16 +119,35 @@ class Entry:
         self.total, self.weight = None, 0.0
 
 
+    def label(self, of_epoch: bool, metric: str | None = None) -> Label:
+        """What all ranks must know of its step or epoch value."""
+        return Label(self.bare_name, of_epoch, self.dataloader_idx, self.prog_bar, self.logger, metric)
+
+
+class Label(NamedTuple):
+    """What a rank that did not log a name must know of it.
+
+    `metric` is the path in the module of a metric object, "" for one that is not there; None for numbers.
+    """
+
+    bare_name: str
+    of_epoch: bool
+    dataloader_idx: int | None
+    prog_bar: bool
+    logger: bool
+    metric: str | None = None
+
+
 @dataclass(slots=True)
 class _Point:
-    """A point of step metrics on its way."""
+    """A point of step metrics on its way; where nothing is `due` for the loggers, for callbacks that decide now."""
 
     step: int
     epoch: int
     samples: int
     window: int
-    entries: list[Entry]
     transfer: Transfer
+    due: bool
 
 
 class Metrics:
@@ -146,14 +165,16 @@ class Metrics:
         self.dataloader_idx: int | None = None
         self.evaluating = False
         self.muted = False
+        self.module: nn.Module | None = None
         self._strategy = strategy
         self._on_log = on_log
         self._capacity = Capacity()
         self._training: dict[Any, Entry] = {}
         self._evaluation: dict[Any, Entry] = {}
         self._points: list[_Point] = []
-        self._point_step = -1
+        self._point_step = 0
         self._published_window = -1
+        self._training_window = 0
         self._reduced: dict[str, Tensor] = {}
         self._reduced_logged: dict[str, Tensor] = {}
         self._reduced_bar: dict[str, float] = {}
@@ -251,6 +272,12 @@ class Metrics:
         if op is None:
             raise ConfigurationError(f"log({name!r}, reduce_fx={reduce_fx!r}): use 'mean', 'sum', 'min' or 'max'.")
         with_index = add_dataloader_idx and self.dataloader_idx is not None
+        for hook, other, index in self._evaluation:
+            if not with_index and (hook, other) == (self.hook, name) and index != self.dataloader_idx:
+                raise ConfigurationError(
+                    f"log({name!r}, add_dataloader_idx=False) is called for loaders {index} and {self.dataloader_idx}, "
+                    "so one value would hide the other. Leave add_dataloader_idx out, or use two names."
+                )
         return Entry(
             name=name,
             suffix=f"/dataloader_idx_{self.dataloader_idx}" if with_index else "",
@@ -265,15 +292,22 @@ class Metrics:
         )
 
     # --- points of step metrics --------------------------------------------------------------------------------
-    def boundary(self, step: int, epoch: int, samples: int) -> None:
-        """Set off the step metrics of the window that update `step` ended; every rank calls it at the same step."""
+    def boundary(self, step: int, epoch: int, samples: int, due: bool = True) -> None:
+        """Set off the step metrics of the window that update `step` ended; every rank calls it at the same step.
+
+        Without `due` they are reduced for whoever decides on them now, and the loggers hear nothing of it.
+        """
         if step == self._point_step:
             return
         self.deliver(wait=True)
-        self._point_step = step
-        entries = [e for e in self._training.values() if e.on_step and e.window == self.window]
-        transfer = Transfer({e.step_name: e.step_sum() for e in entries}, self._strategy, self._capacity)
-        self._points.append(_Point(step, epoch, samples, self.window, entries, transfer))
+        window = self._training_window if self.evaluating else self.window
+        if due:
+            self._point_step = step
+        sums: dict[str, Sum] = {}
+        for entry in self._training.values():
+            if entry.on_step and entry.window == window:
+                sums[entry.step_name] = entry.step_sum()
+        self._points.append(_Point(step, epoch, samples, window, self._transfer(sums), due))
         self.deliver()
 
     @property
@@ -286,73 +320,98 @@ class Metrics:
         while self._points and (wait or self._points[0].transfer.arrived()):
             point = self._points.pop(0)
             reduced = point.transfer.finish()
-            names = {entry.step_name: [entry] for entry in point.entries}
-            self._publish(reduced, names, point.step, point.epoch, point.samples)
             self._published_window = point.window
+            for_loggers = self._publish(reduced, point.transfer.labels)
+            if point.due:
+                self._tell(for_loggers, point.step, point.epoch, point.samples)
+
+    def _transfer(self, sums: Mapping[str, Sum]) -> Transfer:
+        return Transfer(sums, self._strategy, self._capacity)
 
     # --- the end of an epoch -----------------------------------------------------------------------------------
-    def finish_epoch(self, step: int, epoch: int, samples: int, keep: bool = False) -> dict[str, float]:
-        """Reduce and publish what an epoch of training or an evaluation logged; its names → numbers. Collective.
+    def finish_epoch(self, step: int, epoch: int, samples: int, keep: bool = False) -> dict[str, int | None]:
+        """Reduce and publish what an epoch of training or an evaluation logged. Collective.
 
-        With `keep` the epoch is not over: what it logged goes on counting.
+        Returns its epoch's names, bare ones too → the loader in which each was logged. With `keep` the epoch is not
+        over: what it logged goes on counting.
         """
         self.deliver(wait=True)
-        entries = self._evaluation if self.evaluating else self._training
         step_is_new = self.evaluating or self._point_step != step
         sums: dict[str, Sum] = {}
-        names: dict[str, list[Entry]] = {}
         objects: dict[str, Any] = {}
+        entries = self._evaluation if self.evaluating else self._training
         for entry in entries.values():
             if entry.on_epoch and entry.metric is not None:
                 objects[entry.epoch_name] = entry.metric
-                names.setdefault(entry.epoch_name, []).append(entry)
+                label = entry.label(True, path_of(entry.metric, self.module))
+                sums[entry.epoch_name] = Sum("sum", 1, 1, label)  # on how many ranks it was logged
             elif entry.on_epoch and (entry.total is not None or entry.window >= 0):
                 sums[entry.epoch_name] = entry.epoch_sum()
-                names.setdefault(entry.epoch_name, []).append(entry)
             if entry.on_step and step_is_new and entry.values and (self.evaluating or entry.window == self.window):
                 sums[entry.step_name] = entry.step_sum()
-                names.setdefault(entry.step_name, []).append(entry)
-        reduced = Transfer(sums, self._strategy, self._capacity).finish()
-        for name in sorted(objects):
-            reduced[name] = float(objects[name].compute())
-            if not keep:
-                objects[name].reset()
-        self._publish(reduced, names, step, epoch, samples)
+        transfer = self._transfer(sums)
+        reduced, labels = transfer.finish(), transfer.labels
+        self._complete(objects, reduced, labels)
+        reduced |= self._computed(objects, keep)
+        if not self.evaluating:
+            self._point_step, self._published_window = step, self.window
+        self._tell(self._publish(reduced, labels), step, epoch, samples)
         if self.evaluating:
             entries.clear()
-            return reduced
-        self._point_step, self._published_window = step, self.window
-        if not keep:
+        elif not keep:
             for entry in entries.values():
                 entry.start_anew()
-        return reduced
+        ended = {name: label for name, label in labels.items() if label.of_epoch}
+        return {key: label.dataloader_idx for name, label in ended.items() for key in (name, label.bare_name)}
 
-    def owners(self) -> dict[str, int | None]:
-        """Epoch names (bare ones too) of the evaluation under way → the loader in which each was logged."""
-        held = {e.epoch_name: e.dataloader_idx for e in self._evaluation.values() if e.on_epoch}
-        return held | {e.bare_name: e.dataloader_idx for e in self._evaluation.values() if e.on_epoch}
+    def _complete(self, objects: dict[str, Any], ranks: Mapping[str, float], labels: Mapping[str, Label]) -> None:
+        """Find the metric objects that only other ranks logged, as where this one had no batch."""
+        for name, label in labels.items():
+            if label.metric == "" and ranks[name] < self._strategy.world_size:
+                raise ConfigurationError(
+                    f"log({name!r}) got a metric object on {ranks[name]:.0f} of {self._strategy.world_size} ranks, and "
+                    "the others cannot find it. Make it an attribute of the module (self.metric = ...)."
+                )
+            if label.metric and name not in objects:
+                assert self.module is not None
+                objects[name] = self.module.get_submodule(label.metric)
 
-    def _publish(
-        self, reduced: dict[str, float], names: dict[str, list[Entry]], step: int, epoch: int, samples: int
-    ) -> None:
+    def _computed(self, objects: Mapping[str, Any], keep: bool) -> dict[str, float]:
+        """The values of metric objects over all ranks; without `keep` they are reset."""
+        values = {name: _host_number(name, compute(objects[name], self._strategy)) for name in sorted(objects)}
+        if not keep:  # after all were computed: those of a collection share their states
+            for metric in objects.values():
+                metric.reset()
+        return values
+
+    def _publish(self, reduced: Mapping[str, float], labels: Mapping[str, Label]) -> dict[str, float]:
+        """Put reduced numbers where they are read; those for the loggers."""
         for_loggers = {}
-        for name, number in reduced.items():
+        for name in sorted(reduced, key=lambda name: labels[name].of_epoch):  # the bare name is the epoch's in the end
+            number, label = reduced[name], labels[name]
             tensor = torch.tensor(number, dtype=torch.float32)
-            entry = names[name][0] if name in names else None
-            self._reduced[name] = tensor
-            if entry is not None:
-                self._reduced[entry.bare_name] = tensor
-            if entry is None or entry.logger:
+            self._reduced[name] = self._reduced[label.bare_name] = tensor
+            if label.logger:
                 for_loggers[name] = number
                 self._reduced_logged[name] = tensor
-            if entry is not None and entry.prog_bar:
+            if label.prog_bar:
                 self._reduced_bar[name] = number
-        for entries in names.values():  # the bare name is the epoch's value wherever there is one
-            for entry in entries:
-                if entry.epoch_name in reduced:
-                    self._reduced[entry.bare_name] = self._reduced[entry.epoch_name]
+        return for_loggers
+
+    def _tell(self, for_loggers: Mapping[str, float], step: int, epoch: int, samples: int) -> None:
         if for_loggers:
             self._on_log({**for_loggers, "epoch": epoch, "samples": samples}, step)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Inside, what is logged is an evaluation's; afterwards training's window is as it was."""
+        window, batch, weight = self.window, self.batch, self.weight
+        self._training_window, self.evaluating = window, True
+        try:
+            yield
+        finally:
+            self.evaluating, self.dataloader_idx = False, None
+            self.window, self.batch, self.weight = window, batch, weight
 
     # --- in checkpoints ----------------------------------------------------------------------------------------
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
@@ -422,7 +481,7 @@ class Metrics:
             held.clear()
         self._points.clear()
         self._bar = _BarValues()
-        self._point_step = self._published_window = -1
+        self._point_step, self._published_window = 0, -1
 
     # --- views: reading one never communicates -----------------------------------------------------------------
     def callback_metrics(self) -> dict[str, Tensor]:
@@ -448,10 +507,15 @@ class Metrics:
     def _since(self) -> list[tuple[str, Entry, Any]]:
         """(name, entry, value) of what was logged since it was last reduced."""
         found = []
-        for entry in [*self._training.values(), *self._evaluation.values()]:
-            if entry.on_step and entry.values and (self.evaluating or entry.window > self._published_window):
+        for entry in self._training.values():
+            if entry.on_step and entry.values and entry.window > self._published_window:
                 found.append((entry.step_name, entry, entry.values[-1]))
-            if entry.on_epoch and entry.weight and self.hook in _EPOCH_ENDS:
+            if entry.on_epoch and entry.weight and self.hook == "on_train_epoch_end":
+                found.append((entry.epoch_name, entry, entry.running()))
+        for entry in self._evaluation.values():
+            if entry.on_step and entry.values:
+                found.append((entry.step_name, entry, entry.values[-1]))
+            if entry.on_epoch and entry.weight and self.hook in _EVALUATION_ENDS:
                 found.append((entry.epoch_name, entry, entry.running()))
         return found
 
@@ -480,6 +544,8 @@ class _BarValues:
 def _host_number(name: str, value: Any) -> float:
     if isinstance(value, (int, float)):
         return value
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise _no_number(name, value)
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -26,11 +26,15 @@ NEUTRAL = {"mean": 0.0, "sum": 0.0, "min": math.inf, "max": -math.inf}
 
 @dataclass(slots=True)
 class Sum:
-    """One name's share of a reduction: `value` (a host number or a 0-d tensor) of weight `weight`."""
+    """One name's share of a reduction: `value` (a host number or a 0-d tensor) of weight `weight`.
+
+    `label` is what ranks that did not log the name must know about it.
+    """
 
     op: str
     value: Any
     weight: float
+    label: Any = None
 
 
 def widen(value: Any) -> Any:
@@ -94,13 +98,14 @@ class Capacity:
 
 
 class Transfer:
-    """Named sums of this rank on their way to being everyone's."""
+    """Named sums of this rank on their way to being everyone's; `labels` are all ranks' once it has finished."""
 
     def __init__(self, sums: Mapping[str, Sum], strategy: Strategy, capacity: Capacity) -> None:
         self._names = sorted(sums)
         self._sums = sums
         self._strategy = strategy
         self._capacity = capacity
+        self.labels = {name: share.label for name, share in sums.items()}
         self._copy = HostCopy([sums[name].value for name in self._names])
         self._values: list[float] | None = None
         self._message: Message | None = None
@@ -135,7 +140,9 @@ class Transfer:
         alike = self._names_alike(rows)
         self._capacity.numbers = max(self._capacity.numbers, int(rows[:, 1].max()))
         if not alike:
-            return reduce(self._strategy.all_gather_object(mine))
+            shares = self._strategy.all_gather_object((mine, self.labels))
+            self.labels = {name: label for _, labels in reversed(shares) for name, label in labels.items()}
+            return reduce([share for share, _ in shares])
         count = len(self._names)
         return reduce(
             [

@@ -86,6 +86,7 @@ def _attach(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
         callback._module = module
     check_names(module, Module)
     trainer.metrics.forget()
+    trainer.metrics.module = module
     trainer.hooks = Hooks(trainer, module, trainer.callbacks, trainer.metrics)
     if trainer.chosen_seed is None:
         seed, drawn = trainer.strategy.broadcast_object(seed_of_run())
@@ -118,6 +119,8 @@ def _set_up(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
 
 
 def _tell_of(exception: BaseException, trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
+    if trainer.fit_run is not None:
+        trainer.fit_run.inside_window = False  # it will have no end: what is saved now goes on from its beginning
     for callback in trainer.callbacks:
         callback.on_exception(trainer, module, exception)
     if datamodule is not None:

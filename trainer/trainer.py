@@ -277,8 +277,8 @@ class Trainer(TrainerProperties):
     def reduced_metrics(self) -> dict[str, Tensor]:
         """`callback_metrics` with everything logged so far reduced over the ranks; every rank must call it."""
         progress = self.progress
-        if not self.metrics.evaluating:
-            self.metrics.boundary(progress.global_step, progress.epoch, progress.samples)
+        if self.state.fn is TrainerFn.FITTING:
+            self.metrics.boundary(progress.global_step, progress.epoch, progress.samples, due=False)
         self.metrics.deliver(wait=True)
         return self.callback_metrics
 

@@ -76,7 +76,6 @@ def test_each_reason_has_its_message(
     assert message in (callback.stopping_reason_message or "")
 
 
-@pytest.mark.xfail(reason="the loop looks at should_stop before the validation, so it stops one update later")
 def test_it_checks_after_each_validation_inside_an_epoch(tmp_path: Path) -> None:
     callback = EarlyStopping("val_score", patience=2)
     run = trainer(tmp_path, callback, max_epochs=20, val_check_interval=0.25)
@@ -131,7 +130,6 @@ def test_a_bad_mode_is_refused() -> None:
         EarlyStopping("a", mode="auto")
 
 
-@pytest.mark.xfail(reason="resuming from a checkpoint of an epoch's end runs that end again")
 def test_patience_goes_on_counting_in_a_resumed_run(tmp_path: Path) -> None:
     first, saves = EarlyStopping("val_score", patience=3), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     trainer(tmp_path, first, saves, max_epochs=3).fit(Scripted([5, 6, 7]), loader(), loader(2))

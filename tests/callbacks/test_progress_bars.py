@@ -136,7 +136,7 @@ def test_tqdm_draws_training_validation_and_metrics(tmp_path: Path, terminal: Te
     assert "Sanity Checking" in screen
     assert "Validation" in screen
     metrics = r"v_num=0, train_loss=\S+, val_score=1\.?0?"
-    assert re.search(rf"Epoch 1/1: 100%\|█+\| 8/8 \[\d\d:\d\d<.*it/s, {metrics}\]\n", screen)
+    assert re.search(rf"Epoch 1/1: 100%\|[█#]+\| 8/8 \[\d\d:\d\d<.*it/s, {metrics}\]\n", screen)
     assert bar.train_progress_bar.n == bar.train_progress_bar.total == BATCHES
     assert bar.val_progress_bar.n == 2
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import paceline as pl
-from helpers.ranks import run_ranks
+from helpers.ranks import RanksFailed, run_ranks
 from helpers.tiny import Regression, Sums, global_batches, loader, numbers, tiny_trainer
 from paceline.errors import ConfigurationError
 
@@ -111,14 +111,15 @@ def test_a_step_that_logged_nothing_makes_no_point() -> None:
     assert len(points.points) == 2
 
 
-def test_windows_without_a_step_make_no_point() -> None:
+def test_before_the_first_update_there_is_no_point_of_step_metrics() -> None:
     class Skips(Logs):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            super().training_step(batch, batch_idx)
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx == 2 else None
 
     points = Points()
-    fit(Skips(), numbers(6), points, log_every_n_steps=1)
-    assert points.points == []
+    fit(Skips(), numbers(8), points, log_every_n_steps=1)
+    assert points.of("x") == {1: 4}
 
 
 def test_validation_carries_the_step_of_the_update_before_it() -> None:
@@ -197,7 +198,7 @@ def logging_in(hook: str, base: type[pl.Module], **options: Any) -> pl.Module:
 
     def logs(self: Any, *args: Any) -> Any:
         self.log("x", 1.0, **options)
-        return getattr(super(kind, self), hook)(*args)
+        return None if hook.endswith("idation_step") or hook == "test_step" else getattr(super(kind, self), hook)(*args)
 
     kind = type("LogsInAHook", (base,), {hook: logs})
     return kind()
@@ -643,6 +644,38 @@ def test_a_collection_of_metrics_is_logged_by_log_dict() -> None:
     assert results == pytest.approx({"val_BinaryPrecision": 1.0, "val_BinaryRecall": 3 / 5})
 
 
+def test_metrics_of_a_collection_may_share_their_states() -> None:
+    class Collects(Sums):
+        def __init__(self) -> None:
+            super().__init__()
+            kinds = torchmetrics.classification
+            self.metrics = torchmetrics.MetricCollection([kinds.BinaryAUROC(), kinds.BinaryAveragePrecision()])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.metrics.update(batch.float() / 8, (batch % 2 == 0).int())
+            self.log_dict(self.metrics)
+
+    module, straight = Collects(), Collects()
+    straight.metrics.update(torch.arange(7) / 8, (torch.arange(7) % 2 == 0).int())
+    for _ in range(2):
+        (results,) = tiny_trainer().validate(module, numbers(7), verbose=False)
+        assert results == pytest.approx({name: float(value) for name, value in straight.metrics.compute().items()})
+
+
+def test_a_metric_object_with_several_values_is_refused() -> None:
+    class Matrix(Sums):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = torchmetrics.classification.BinaryConfusionMatrix()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.matrix.update(batch % 2, batch % 2)
+            self.log("matrix", self.matrix)
+
+    with pytest.raises(ConfigurationError, match=r"log\('matrix'\) got a tensor of shape \(2, 2\)"):
+        tiny_trainer().validate(Matrix(), numbers(4), verbose=False)
+
+
 def test_the_value_of_a_metric_object_may_be_logged_by_hand() -> None:
     class ByHand(WithMetrics):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -753,26 +786,61 @@ def test_a_rank_without_a_batch_knows_the_metrics_of_the_others() -> None:
 
 
 class UnevenObjects(pl.Module):
-    def __init__(self, kind: str) -> None:
+    """One metric with sums, two that keep all samples, and a collection whose metrics share their states."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.metric = {"mean": torchmetrics.MeanMetric, "cat": torchmetrics.CatMetric}[kind]()
-        self.kind = kind
+        kinds = torchmetrics.classification
+        self.mean = torchmetrics.MeanMetric()
+        self.auroc = kinds.MulticlassAUROC(num_classes=3)
+        self.ranking = torchmetrics.retrieval.RetrievalMRR()  # lists that torchmetrics does not join before its sync
+        self.pair = torchmetrics.MetricCollection({"ap": kinds.BinaryAveragePrecision(), "roc": kinds.BinaryAUROC()})
+        self.elsewhere = [torchmetrics.MeanMetric()]
+        self.log_elsewhere = False
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.metric.update(batch.float() if self.kind == "mean" else batch.float().sum())
-        if self.kind == "mean":
-            self.log("metric", self.metric)
+        scores = (batch.float() * 0.37) % 1.0
+        self.mean.update(batch.float())
+        self.auroc.update(torch.stack([scores, 1 - scores, scores * scores], dim=1), batch % 3)
+        self.ranking.update(scores, batch % 2, indexes=batch // 3)
+        self.pair.update(scores, batch % 2)
+        self.log_dict({"mean": self.mean, "auroc": self.auroc, "ranking": self.ranking})
+        self.log_dict(self.pair)
+        if self.log_elsewhere:
+            self.elsewhere[0].update(batch)
+            self.log("elsewhere", self.elsewhere[0])
 
 
-def validate_objects(count: int) -> Any:
-    trainer = tiny_trainer(strategy="ddp")
-    return trainer.validate(UnevenObjects("mean"), numbers(count), verbose=False)
+def validate_objects(*counts: int, strategy: str = "ddp") -> Any:
+    module, trainer = UnevenObjects(), tiny_trainer(strategy=strategy)
+    results = [trainer.validate(module, numbers(count), verbose=False)[0] for count in counts]
+    assert module.mean._to_sync
+    assert not module.mean._update_called
+    return results
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_a_metric_object_is_global_also_where_a_rank_has_no_batch(count: int) -> None:
-    for result in run_ranks(validate_objects, 2, count):
-        assert result == [{"metric": pytest.approx((count - 1) / 2)}]
+@pytest.mark.filterwarnings("ignore:No negative samples|No positive samples")
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_metric_objects_are_those_of_one_process_whatever_each_rank_has_seen(ranks: int) -> None:
+    counts = (2, 7, 5, 13)  # 1, 4, 3 and 7 batches
+    alone = validate_objects(*counts, strategy="single")
+    for results in run_ranks(validate_objects, ranks, *counts):
+        assert results == [pytest.approx(result, abs=1e-6) for result in alone]
+
+
+def validate_object_elsewhere(count: int) -> Any:
+    module = UnevenObjects()
+    module.log_elsewhere = True
+    return tiny_trainer(strategy="ddp").validate(module, numbers(count), verbose=False)[0]["elsewhere"]
+
+
+def test_a_metric_object_that_a_rank_cannot_find_is_an_error_on_all_ranks() -> None:
+    assert run_ranks(validate_object_elsewhere, 2, 4) == [1.5, 1.5]
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(validate_object_elsewhere, 2, 2)
+    for rank in range(2):
+        assert "on 1 of 2 ranks" in failed.value.errors[rank].message
+        assert "Make it an attribute of the module" in failed.value.errors[rank].message
 
 
 class Monitors(pl.Callback):
@@ -805,7 +873,7 @@ def test_reduced_metrics_are_global_at_any_agreed_step() -> None:
     results = run_ranks(reduced_in_between, 2)
     for seen, points in results:
         assert seen == [("validation", 5.0), ("batch", 9.0), ("validation", 13.0)]
-        assert points == {1: 1.0, 2: 5.0, 3: 9.0, 4: 13.0, 5: 17.0}
+        assert points == {1: 1.0, 5: 17.0}  # the loggers hear of them at the boundaries alone
 
 
 def test_several_loaders_of_a_dataset_of_tensors_keep_their_weights() -> None:
