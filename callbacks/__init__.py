@@ -11,6 +11,7 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "DeviceStatsMonitor",
+    "EMAWeightAveraging",
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "JSONLLogger",
@@ -57,7 +58,8 @@ if TYPE_CHECKING:
     from .timer import Timer
     from .tqdm_progress_bar import TQDMProgressBar
     from .wandb_logger import WandbLogger
-    from .weight_averaging import StochasticWeightAveraging, WeightAveraging
+    from .stochastic_weight_averaging import StochasticWeightAveraging
+    from .weight_averaging import EMAWeightAveraging, WeightAveraging
 else:
     from .._lazy import lazy_names
 
@@ -70,6 +72,7 @@ else:
             "CSVLogger": ".csv_logger",
             "Callback": "..trainer.callback",
             "DeviceStatsMonitor": ".device_stats",
+            "EMAWeightAveraging": ".weight_averaging",
             "EarlyStopping": ".early_stopping",
             "GradientAccumulationScheduler": ".gradient_accumulation",
             "JSONLLogger": ".jsonl_logger",
@@ -83,7 +86,7 @@ else:
             "Profiler": ".profiler",
             "ProgressBar": ".progress_bar",
             "RichProgressBar": ".rich_progress_bar",
-            "StochasticWeightAveraging": ".weight_averaging",
+            "StochasticWeightAveraging": ".stochastic_weight_averaging",
             "TQDMProgressBar": ".tqdm_progress_bar",
             "TensorBoardLogger": ".tensorboard_logger",
             "ThroughputMonitor": ".throughput",

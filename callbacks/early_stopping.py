@@ -97,6 +97,18 @@ class EarlyStopping(Callback):
             # Where validation runs once an epoch, the end of the epoch knows its metrics and the training's.
             self._check_on_train_epoch_end = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """A run that was stopped stays stopped when it is resumed, unless it is to have more patience now."""
+        exhausted = self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
+        if exhausted and self.wait_count < self.patience:
+            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        if self.stopping_reason is not EarlyStoppingReason.NOT_STOPPED and not self._must_not_check(trainer):
+            trainer.should_stop = True
+            rank_zero_info(
+                f"EarlyStopping had stopped this run ({self.stopping_reason.name.lower()}), so it trains no further. "
+                "Raise `patience`, or leave the callback out, to go on."
+            )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._watch.epoch_ended = True
         if self._must_not_check(trainer):
@@ -197,13 +209,14 @@ class EarlyStopping(Callback):
             "stopped_epoch": self.stopped_epoch,
             "best_score": self.best_score,
             "patience": self.patience,
+            "stopping_reason": int(self.stopping_reason),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self.best_score = torch.as_tensor(state_dict["best_score"])
-        self.patience = state_dict["patience"]
+        self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
 
 
 def _other(mode: str) -> str:

@@ -34,6 +34,7 @@ class GradientAccumulationScheduler(Callback):
                 )
         self.scheduling = {0: 1, **scheduling}
         self.epochs = sorted(self.scheduling)
+        self._factor = self.scheduling[0]
 
     def going_to_accumulate_grad_batches(self) -> bool:
         """Whether any epoch accumulates."""
@@ -68,10 +69,18 @@ class GradientAccumulationScheduler(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:  # an epoch goes on as it began
-            trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(checkpoint["epoch"])
+            saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
+            epoch = checkpoint["epoch"]
+            trainer.accumulate_grad_batches = saved.get("factor") or self.get_accumulate_grad_batches(epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
-        trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)
+        self._factor = trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self._factor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._factor = state_dict["factor"]
 
 
 def _is_count(value: Any, least: int) -> bool:

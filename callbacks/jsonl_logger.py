@@ -52,7 +52,7 @@ class JSONLLogger(CutOnResume):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         values = {name: plain_number(value) for name, value in metrics.items()}
-        first = {name: values[name] for name in ("epoch", "samples") if name in values}
+        first: dict[str, Any] = {name: values[name] for name in ("epoch", "samples") if name in values}
         point: dict[str, Any] = {"step": step, **first, "time": round(time.time(), 3), **values}
         file = self._open()
         file.append(json_line(point))

@@ -121,6 +121,7 @@ class ModelCheckpoint(Callback):
     # --- when --------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if stage == "fit":
+            self._waits_for_validation = False
             self._find_dirpath(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
@@ -135,7 +136,7 @@ class ModelCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._last_step_seen = trainer.global_step
-        self._waits_for_validation, self._training = False, True
+        self._training = True
         self._watch.start()
         if self._clock is not None:
             self._clock.start(trainer.global_step)
@@ -158,18 +159,20 @@ class ModelCheckpoint(Callback):
             self._act(trainer, due=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
-        if self._must_not_save(trainer):
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._watch.validated = True
-        if self._waits_for_validation:
-            self._waits_for_validation = False
+        waited, self._waits_for_validation = self._waits_for_validation, False
+        if self._must_not_save(trainer):
+            return
+        if waited:
             self._act(trainer, due=True)
         elif not self._in_steps and not self._should_save_on_train_epoch_end(trainer):
             self._act(trainer, due=self._epoch_is_due(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._watch.epoch_ended = True
-        if self.monitor is not None and self.save_top_k != 0 and trainer.state.fn == "fit":
+        if self.monitor is not None and self.save_top_k != 0 and not trainer.fast_dev_run:
             self._is_there(trainer, trainer.callback_metrics)
         if self._in_steps or self._must_not_save(trainer):
             return
@@ -212,13 +215,10 @@ class ModelCheckpoint(Callback):
         return sum(trainer.num_val_batches) == 0 or trainer.val_check_interval == 1.0
 
     def _fresh_metrics_follow(self, trainer: Trainer) -> bool:
-        """Whether a validation that will bring the monitored metric comes right after this update, or a first one."""
-        if sum(trainer.num_val_batches) == 0:
-            return False
-        if not self._watch.validated and self.monitor not in trainer.callback_metrics:
+        """Whether a validation comes right after this update, or the first one has yet to bring the metric."""
+        if "validation" in trainer.progress.due:
             return True
-        every = trainer.check_val_every_n_epoch
-        return trainer.is_last_batch and (every is None or (trainer.current_epoch + 1) % every == 0)
+        return self.monitor not in trainer.callback_metrics and self._watch.may_still_come(trainer)
 
     # --- what ----------------------------------------------------------------------------------------------------
     def _act(self, trainer: Trainer, due: bool, always: bool = False) -> None:
@@ -389,6 +389,7 @@ class ModelCheckpoint(Callback):
             "last_checkpoint_saved": self._last_checkpoint_saved,
             "last_global_step_saved": self._last_global_step_saved,
             "retired": list(self._retired),
+            "waits_for_validation": self._waits_for_validation,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -410,6 +411,7 @@ class ModelCheckpoint(Callback):
         self._last_checkpoint_saved = state_dict.get("last_checkpoint_saved", "")
         self._last_global_step_saved = state_dict.get("last_global_step_saved", 0)
         self._retired = list(state_dict.get("retired", []))
+        self._waits_for_validation = state_dict.get("waits_for_validation", False)
 
 
 def _absolute(path: str) -> str:

@@ -66,12 +66,13 @@ class PredictionWriter(Callback):
         for name in (name for name, needed in wanted.items() if needed and stage == "predict"):
             if getattr(type(self), name) is getattr(PredictionWriter, name):
                 raise ConfigurationError(
-                    f"{type(self).__name__} has write_interval={self.write_interval!r} and no {name}. Define it, or use "
-                    "another write_interval."
+                    f"{type(self).__name__} has write_interval={self.write_interval!r} and no {name}. Define it, or "
+                    "use another write_interval."
                 )
 
     def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._predictions, self._indices = ([[] for _ in trainer.num_predict_batches] for _ in range(2))
+        self._predictions = [[] for _ in trainer.num_predict_batches]
+        self._indices = [[] for _ in trainer.num_predict_batches]
 
     def on_predict_batch_end(
         self,

@@ -236,9 +236,8 @@ class Strategy:
         if self.world_size == 1:
             return tensor
         if sync_grads:
-            from torch.distributed.nn import functional  # at import it would cost every user time
-
-            return torch.stack(list(functional.all_gather(tensor.contiguous())))
+            gathered: Tensor = _AllGather.apply(self, tensor)
+            return gathered
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(rows, tensor.detach().contiguous())
         return torch.stack(rows)
@@ -258,6 +257,20 @@ class Strategy:
         held: list[Any] = [None] * self.world_size
         dist.all_gather_object(held, obj)
         return held
+
+
+class _AllGather(torch.autograd.Function):
+    """`all_gather` whose gradient is the sum of all ranks' gradients of this rank's row."""
+
+    @staticmethod
+    def forward(ctx: Any, strategy: Strategy, tensor: Tensor) -> Tensor:
+        ctx.strategy = strategy
+        return strategy.all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        strategy: Strategy = ctx.strategy
+        return None, strategy.all_reduce(gradients[0].clone())[strategy.rank]
 
 
 def zero_loss(module: nn.Module | None) -> Tensor:

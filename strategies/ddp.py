@@ -19,17 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import ConfigurationError
 from .base import Strategy, register_strategy, zero_loss
 from .precision import Precision
-
-
-class _Steps(nn.Module):
-    """Runs whichever step it is given, so that DistributedDataParallel's forward surrounds it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, step: Callable[..., Any], *args: Any) -> Any:
-        return step(*args)
+from .steps import Steps
 
 
 @register_strategy("ddp")
@@ -72,7 +62,7 @@ class DDP(Strategy):
             for tensor in (*self.module.parameters(), *self.module.buffers()):
                 dist.broadcast(tensor.detach(), 0)
             return
-        self._wrapped = DistributedDataParallel(_Steps(self.module), **self._options)
+        self._wrapped = DistributedDataParallel(Steps(self.module), **self._options)
         for _ in range(2):
             self._wrapped(zero_loss, self.module).backward()
         for parameter in self.module.parameters():

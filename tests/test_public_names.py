@@ -26,7 +26,7 @@ CONTRACT = {
     "LaunchError CheckpointError",
     "paceline.callbacks": "Callback ModelCheckpoint EarlyStopping TQDMProgressBar RichProgressBar LearningRateMonitor "
     "Timer GradientAccumulationScheduler WeightAveraging BackboneFinetuning ModelSummary DeviceStatsMonitor "
-    "ThroughputMonitor PredictionWriter BasePredictionWriter LambdaCallback Profiler OnExceptionCheckpoint "
+    "ThroughputMonitor EMAWeightAveraging PredictionWriter BasePredictionWriter LambdaCallback Profiler OnExceptionCheckpoint "
     "StochasticWeightAveraging BaseFinetuning ProgressBar Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
     "paceline.loggers": "Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
     "paceline.strategies": "Strategy SingleDevice DDP register_strategy",

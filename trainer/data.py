@@ -175,6 +175,8 @@ class PlannedData:
     def windows(self, epoch: int, first_batch: int = 0) -> Iterator[Window]:
         """The windows of `epoch` from micro-batch `first_batch` on, which must begin a window."""
         plan = self.plan()
+        if first_batch >= plan.num_batches:  # a run resumed at an epoch's end
+            return iter(())
         if self._dealt:
             return self._dealt_windows(plan, epoch, first_batch)
         return self._cut_windows(plan, epoch, first_batch)

@@ -86,7 +86,7 @@ def taken_over(loader: DataLoader[Any], indices: IndexBatches) -> DataLoader[Any
 
 def draws_own_batches(loader: DataLoader[Any]) -> bool:
     """True when a user's batch sampler (or, with batch_size=None, the sampler) decides what a batch is."""
-    return type(loader.batch_sampler) is not BatchSampler
+    return loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler
 
 
 def is_plain_shuffle(sampler: Any) -> bool:

@@ -140,6 +140,7 @@ def settle(fit: Fit) -> None:
     progress = fit.progress
     while progress.due:
         if progress.due[0] == "validation":
+            progress.validated_at = progress.total_batches
             fit.validate()
         else:
             fit.schedulers.run(progress.due[0], progress)

@@ -419,8 +419,9 @@ class Metrics:
         self.deliver(wait=True)
         paths = {id(metric): path for path, metric in module.named_modules() if is_metric_object(metric)}
         entries = []
+        window = self._training_window if self.evaluating else self.window
         for (hook, name, index), entry in self._training.items():
-            fresh = entry.window == self.window
+            fresh = entry.window == window
             entries.append(
                 {
                     "key": (hook, name, index),

@@ -203,11 +203,6 @@ class TrainerProperties:
         return self.arguments.check_val_every_n_epoch
 
     @property
-    def accumulate_grad_batches(self) -> int:
-        """As given; 1 where `global_batch_size` was."""
-        return self.arguments.accumulate_grad_batches
-
-    @property
     def gradient_clip_val(self) -> float | None:
         """As given."""
         return self.arguments.gradient_clip_val

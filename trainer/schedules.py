@@ -30,7 +30,6 @@ class Schedulers:
         self._step = step
         self._metrics = metrics
         self._hook = hook
-        self._ended_epoch = -1
         self.by_step = any(c.interval == "step" and c.monitor is None for c in configs)
         self.monitored_by_step = any(c.interval == "step" and c.monitor is not None for c in configs)
 
@@ -42,9 +41,9 @@ class Schedulers:
         """
         interval, _, monitored = task.partition("_")
         if task == "epoch":
-            if progress.epoch == self._ended_epoch:
+            if progress.epoch == progress.scheduled_epoch:
                 return
-            self._ended_epoch = progress.epoch
+            progress.scheduled_epoch = progress.epoch
         count = progress.global_step if interval == "step" else progress.epoch + 1
         configs = due(self._configs, interval, count, with_monitor=bool(monitored))
         if not configs:
@@ -107,7 +106,8 @@ class ValidationTimes:
 
     def due_at_the_end(self, progress: Progress) -> bool:
         """At the end of the data, sooner than its length said or without one: whether validation runs now."""
-        return self._batches == math.inf and not self._ended and self._epoch_counts(progress)
+        validated = self._ended or progress.validated_at == progress.total_batches  # the latter: before a resume
+        return self._batches == math.inf and not validated and self._epoch_counts(progress)
 
     def _epoch_counts(self, progress: Progress) -> bool:
         return self._enabled and (self._every_n_epochs is None or (progress.epoch + 1) % self._every_n_epochs == 0)

@@ -82,7 +82,6 @@ def _attach(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
         kept = [cb for cb in trainer.callbacks if type(cb) not in kinds or cb in own]
         trainer.set_callbacks([*kept, *(cb for cb in own if cb not in kept)])
     for callback in trainer.callbacks:
-        check_names(callback, Callback)
         callback._module = module
     check_names(module, Module)
     trainer.metrics.forget()
@@ -350,6 +349,11 @@ def _validation(trainer: Trainer, module: Module, loaders: Any) -> Evaluation | 
 def prepare_evaluation(trainer: Trainer, module: Module, fn: str, loaders: Any) -> Evaluation:
     """Everything that `evaluate` needs; `fn` is validate, test or predict."""
     stage, short = _EVALUATION[fn]
+    if stage != "predict" and not overridden(module, f"{stage}_step", Module):
+        raise ConfigurationError(
+            f"{type(module).__name__} has no {stage}_step, so {fn}() cannot evaluate it. Define {stage}_step(self, batch, "
+            "batch_idx) that logs what matters."
+        )
     strategy, arguments = trainer.strategy, trainer.arguments
     source = loaders if loaders is not None else _from_hooks(trainer, module, f"{short}_dataloader")
     setattr(trainer, f"{short}_dataloaders", source)

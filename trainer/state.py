@@ -69,7 +69,8 @@ class Progress:
 
     `epoch` epochs; `batches_in_epoch` micro-batches of one rank and `windows_in_epoch` windows in the epoch under way,
     `earlier_batches` micro-batches before it; `global_step` optimizer steps; `samples` samples over all ranks; `due`
-    what remains to be done after the last window, in its order (see `loop.settle`).
+    what remains to be done after the last window, in its order (see `loop.settle`); `validated_at` how many
+    micro-batches there were when validation last began, `scheduled_epoch` the epoch whose end schedulers have seen.
     """
 
     epoch: int = 0
@@ -79,6 +80,8 @@ class Progress:
     global_step: int = 0
     samples: int = 0
     due: list[str] = field(default_factory=list)
+    validated_at: int = -1
+    scheduled_epoch: int = -1
 
     @property
     def total_batches(self) -> int:

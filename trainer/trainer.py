@@ -33,7 +33,7 @@ from .checkpoint.run_state import save_checkpoint
 from .data import DataSettings, PlannedData, StreamedData
 from .datamodule import DataModule
 from .evaluate import Evaluation, evaluate, gathered
-from .hooks import Hooks
+from .hooks import Hooks, check_names
 from .loop import Fit
 from .loop import fit as run_fit
 from .metrics import Metrics
@@ -263,6 +263,8 @@ class Trainer(TrainerProperties):
 
     def set_callbacks(self, callbacks: list[Callback]) -> None:
         """Checkpoint callbacks go last, so that they save what the others changed."""
+        for callback in callbacks:
+            check_names(callback, Callback)
         saving: list[Callback] = [cb for cb in callbacks if isinstance(cb, builtin.ModelCheckpoint)]
         self.callbacks = [cb for cb in callbacks if cb not in saving] + saving
         _refuse_equal_keys(self.callbacks)

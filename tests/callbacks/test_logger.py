@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from argparse import Namespace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import paceline as pl
 from paceline.callbacks.folder_logger import next_version, run_version, version_folder
 from paceline.callbacks.log_values import add_prefix, flatten, jsonable, plain_number
 from paceline.callbacks.logger import DummyExperiment, Logger, hparams_of, rank_zero_experiment
@@ -58,23 +58,32 @@ def test_the_experiment_of_other_ranks_swallows_everything(monkeypatch: pytest.M
     assert Holder().experiment == "real"
 
 
-def owner(logs: bool = True, **hparams: Any) -> SimpleNamespace:
-    return SimpleNamespace(_log_hyperparams=logs, hparams_initial=hparams)
+class Model(pl.Module):
+    def __init__(self, logs: bool = True, **hparams: Any) -> None:
+        super().__init__()
+        if hparams:
+            self.save_hyperparameters(hparams, logger=logs)
+
+
+class Data(pl.DataModule):
+    def __init__(self, logs: bool = True, **hparams: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters(hparams, logger=logs)
 
 
 def test_hyper_parameters_of_module_and_data_module_are_joined() -> None:
-    assert hparams_of(owner(lr=0.1), owner(batch_size=4)) == {"lr": 0.1, "batch_size": 4}
-    assert hparams_of(owner(lr=0.1), None) == {"lr": 0.1}
-    assert hparams_of(owner(False, lr=0.1), owner(batch_size=4)) == {"batch_size": 4}
-    assert hparams_of(owner(False), None) is None
-    assert hparams_of(owner(size=4), owner(size=4)) == {"size": 4}
+    assert hparams_of(Model(lr=0.1), Data(batch_size=4)) == {"lr": 0.1, "batch_size": 4}
+    assert hparams_of(Model(lr=0.1), None) == {"lr": 0.1}
+    assert hparams_of(Model(False, lr=0.1), Data(batch_size=4)) == {"batch_size": 4}
+    assert hparams_of(Model(), None) is None
+    assert hparams_of(Model(size=4), Data(size=4)) == {"size": 4}
 
 
 def test_hyper_parameters_that_differ_are_refused_by_name() -> None:
     with pytest.raises(ConfigurationError, match=r"\['size'\], with different values"):
-        hparams_of(owner(size=4, lr=1), owner(size=5))
+        hparams_of(Model(size=4, lr=1), Data(size=5))
     with pytest.raises(ConfigurationError, match="weights"):
-        hparams_of(owner(weights=torch.ones(2)), owner(weights=torch.ones(2)))
+        hparams_of(Model(weights=torch.ones(2)), Data(weights=torch.ones(2)))
 
 
 def test_plain_values() -> None:

@@ -172,6 +172,27 @@ def test_tensorboard_has_the_curves_and_the_hyper_parameters(tmp_path: Path) -> 
     assert (tmp_path / "tb" / "version_0" / "hparams.json").exists()
 
 
+def test_tensorboard_drops_what_came_after_the_save_of_a_resumed_run(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Shifted(Scripted):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.log("shifted", float(self.global_step + 1 + 100 * self.shift))
+            return super().training_step(batch, batch_idx)
+
+    for shift, ckpt_path in enumerate((None, tmp_path / "step=5.ckpt")):
+        saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+        logger = TensorBoardLogger(tmp_path, version="a")
+        model = Shifted()
+        model.shift = shift
+        run = trainer(tmp_path, saves, logger=logger, log_every_n_steps=1, max_epochs=1)
+        run.fit(model, loader(), ckpt_path=ckpt_path)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert [e.value for e in events.Scalars("shifted")] == [1, 2, 3, 4, 5, 106, 107, 108]
+
+
 class Dies(Callback):
     """Ends the process by SIGKILL after update `step`, as a machine that is taken away does."""
 
@@ -250,17 +271,6 @@ def test_wandb_has_the_whole_run(tmp_path: Path, quiet_wandb: Any) -> None:
     assert [(p["trainer/global_step"], p["val_score"]) for p in run.history if "val_score" in p] == [(8, 0), (16, 1)]
     assert run.summary["val_score"] == 1
     assert json.loads((tmp_path / "version_0" / "wandb.json").read_text())["id"] == run.run_id
-
-
-def test_wandb_gets_the_checkpoints(tmp_path: Path, quiet_wandb: Any) -> None:
-    from helpers.wandb_files import read_offline_runs
-
-    logger = WandbLogger(save_dir=tmp_path, log_model="all", mode="offline", id="abc")
-    saves = ModelCheckpoint(monitor="val_score")
-    trainer(tmp_path, saves, logger=logger).fit(Scripted([2, 1]), loader(), loader(2))
-    quiet_wandb.finish()
-    (run,) = read_offline_runs(tmp_path)
-    assert run.artifacts == [("model-abc", "model", ["best", "latest"])] * 2
 
 
 # --- several ranks -------------------------------------------------------------------------------------------------

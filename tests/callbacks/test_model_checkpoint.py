@@ -21,6 +21,7 @@ from paceline.callbacks.top_k import best, comparable, qualifies, worst
 from paceline.errors import ConfigurationError
 
 from helpers.callback_runs import BATCHES, Scripted, loader, trainer
+from helpers.ranks import run_ranks
 
 
 # --- names -----------------------------------------------------------------------------------------------------
@@ -420,6 +421,79 @@ def test_verbose_tells_what_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFi
         callback = ModelCheckpoint(tmp_path, "{epoch}", "val_score", verbose=True)
         trainer(tmp_path, callback, max_epochs=1).fit(Scripted([0.5]), loader(), loader(2))
     assert "Epoch 0, global step 8: 'val_score' reached 0.50000 (best 0.50000), saving model to" in caplog.text
+
+
+def test_a_save_by_steps_that_meets_a_validation_waits_for_its_metric_also_inside_an_epoch(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path, "{step}", "val_score", every_n_train_steps=4, save_top_k=-1)
+    assert steps_saved(tmp_path, callback, val_check_interval=4) == [4, 8, 12, 16]
+    assert [float(score) for score in callback.best_k_models.values()] == [9, 8, 7, 6]
+
+
+def test_a_run_resumed_between_a_save_and_its_validation_saves_what_waited(tmp_path: Path) -> None:
+    def callbacks() -> list[ModelCheckpoint]:
+        waiting = ModelCheckpoint(tmp_path / "best", "{step}", "val_score", every_n_train_steps=4)
+        return [waiting, ModelCheckpoint(tmp_path / "all", "{step}", every_n_train_steps=2, save_top_k=-1)]
+
+    options = {"val_check_interval": 4, "max_epochs": 1}
+    trainer(tmp_path, *callbacks(), **options).fit(Scripted([1]), loader(), loader(2))
+    waiting, _ = callbacks()
+    run = trainer(tmp_path, waiting, **{**options, "max_steps": 5})
+    run.fit(Scripted([0.5]), loader(), loader(2), ckpt_path=tmp_path / "all" / "step=4.ckpt")
+    assert global_step(waiting.best_model_path) == 4
+    assert waiting.best_model_score == 0.5
+
+
+# --- several ranks -------------------------------------------------------------------------------------------------
+class Uneven(Scripted):
+    """The ranks' scores have the means 5, 5.5 and 4, which is no rank's own order."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        scores = ([1.0, 9.0, 4.0], [9.0, 2.0, 4.0])[self.global_rank]
+        self.log("val_score", scores[self.validations])
+
+
+def save_the_best_on_two_ranks(folder: str) -> tuple[list[int], dict[str, float], list[str]]:
+    notes = Saves()
+    callback = ModelCheckpoint(folder, "{epoch}-{val_score:.1f}", "val_score", save_top_k=2, save_last=True)
+    run = trainer(folder, notes, callback, strategy="ddp", devices=2, max_epochs=3)
+    run.fit(Uneven(), loader(4), loader(4))
+    run.strategy.barrier()
+    paths = {os.path.basename(path): float(score) for path, score in callback.best_k_models.items()}
+    return notes.steps, paths, saved(folder)
+
+
+def test_all_ranks_decide_alike_by_global_metrics(tmp_path: Path) -> None:
+    first, second = run_ranks(save_the_best_on_two_ranks, 2, str(tmp_path))
+    assert first == second
+    steps, paths, files = first
+    assert len(steps) == 3
+    assert paths == {"epoch=0-val_score=5.0.ckpt": 5.0, "epoch=2-val_score=4.0.ckpt": 4.0}
+    assert [n for n in files if n.endswith(".ckpt")] == [*paths, "last.ckpt"]
+
+
+class Fast(Callback):
+    """Makes the clock of rank 1 run an hour ahead."""
+
+    def __init__(self, clock: AgreedClock) -> None:
+        self.clock = clock
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.Module, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 0:
+            self.clock._started -= 3600
+
+
+def save_by_time_on_two_ranks(folder: str) -> list[int]:
+    notes, callback = Saves(), ModelCheckpoint(folder, train_time_interval=timedelta(seconds=0.05))
+    assert callback._clock is not None
+    run = trainer(folder, notes, Fast(callback._clock), callback, strategy="ddp", devices=2)
+    run.fit(Scripted(), loader(128))
+    return notes.steps
+
+
+def test_all_ranks_save_by_the_clock_of_rank_0(tmp_path: Path) -> None:
+    first, second = run_ranks(save_by_time_on_two_ranks, 2, str(tmp_path))
+    assert first == second
+    assert 1 < len(first) < 128
 
 
 # --- time, agreed on by all ranks ----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,19 +52,6 @@ def test_a_dict_becomes_several_curves_of_one_chart(tmp_path: Path) -> None:
 def test_what_is_no_number_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"text='a' \(str\)"):
         TensorBoardLogger(tmp_path).log_metrics({"text": "a"}, step=1)
-
-
-def test_on_resume_points_after_the_save_are_dropped(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path, version="a")
-    for step in (50, 100, 150):
-        logger.log_metrics({"loss": float(step)}, step=step)
-    logger.finalize("failed")
-
-    resumed = TensorBoardLogger(tmp_path, version="a")
-    resumed.on_load_checkpoint(SimpleNamespace(log_dir="", state=SimpleNamespace(fn="fit")), None, {"global_step": 100})  # type: ignore[arg-type]
-    resumed.log_metrics({"loss": 151.0}, step=150)
-    resumed.finalize("success")
-    assert scalars(resumed.log_dir) == {"loss": [(50, 50.0), (100, 100.0), (150, 151.0)]}
 
 
 def hparams_in(folder: str) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from paceline.callbacks.wandb_logger import WandbLogger
+import paceline as pl
+from paceline.callbacks import Callback, ModelCheckpoint, WandbLogger
 from paceline.errors import ConfigurationError
 
+from helpers.callback_runs import BATCHES, Scripted, loader, trainer
 from helpers.wandb_files import OfflineRun, read_offline_runs
 
 wandb = pytest.importorskip("wandb")
@@ -33,13 +34,6 @@ def written(folder: Path) -> OfflineRun:
     wandb.finish()
     (run,) = read_offline_runs(folder)
     return run
-
-
-def fitting(folder: Path, stage: str = "fit") -> Any:
-    """What `setup` reads of a trainer."""
-    return SimpleNamespace(
-        log_dir=str(folder), is_global_zero=True, fast_dev_run=False, state=SimpleNamespace(fn=stage)
-    )
 
 
 def test_names_steps_config_and_summary_are_in_the_written_run(tmp_path: Path) -> None:
@@ -125,82 +119,79 @@ def test_watch_logs_histograms_of_the_gradients(tmp_path: Path) -> None:
     assert any("gradients/weight" in name for point in written(tmp_path).history for name in point)
 
 
-def test_a_run_killed_and_resumed_in_its_folder_has_no_point_twice_and_none_lost(tmp_path: Path) -> None:
-    def log(logger: WandbLogger, steps: range) -> None:
-        for step in steps:
-            logger.log_metrics({"loss": float(step)}, step=step)
-            if step % 2 == 0 and not (step == 4 and logger is killed):  # killed between two points of a step
-                logger.log_metrics({"val_loss": float(step)}, step=step)
+class Fails(Callback):
+    """Raises after update `step`."""
 
-    options: dict[str, Any] = {"save_dir": tmp_path, "offline": True}
-    killed = WandbLogger(**options)
-    killed.setup(fitting(tmp_path / "version_0"), None, "fit")  # type: ignore[arg-type]
-    log(killed, range(1, 5))
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError("gone")
+
+
+def logged_run(root: Path, *callbacks: Callback, folder: Path | None = None, **options: Any) -> pl.Trainer:
+    """A trainer that logs each update; `folder` makes it go on in the folder of another run."""
+    logger = WandbLogger(save_dir=root, offline=True)
+    run = trainer(root, *callbacks, logger=logger, log_every_n_steps=1, val_check_interval=2, **options)
+    run.run_folder = None if folder is None else str(folder)
+    return run
+
+
+def test_a_failed_and_resumed_run_has_no_point_twice_and_none_lost(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path / "ckpts", "{step}", every_n_train_steps=3, save_top_k=-1)
+    first = logged_run(tmp_path, saves, Fails(6), max_epochs=1)
+    with pytest.raises(KeyError):
+        first.fit(Scripted(), loader(), loader(2))
     wandb.finish()
 
-    resumed = WandbLogger(**options)
-    resumed.setup(fitting(tmp_path / "version_0"), None, "fit")  # type: ignore[arg-type]
-    log(resumed, range(3, 7))  # the checkpoint was of step 2
+    second = logged_run(tmp_path, folder=tmp_path / "version_0", max_epochs=1)
+    model = Scripted()
+    model.validations = 1
+    second.fit(model, loader(), loader(2), ckpt_path=tmp_path / "ckpts" / "step=3.ckpt")
     wandb.finish()
 
-    first, second = read_offline_runs(tmp_path)
-    assert first.run_id == second.run_id == resumed.version
-    history = first.history + second.history
-    assert [p["loss"] for p in history if "loss" in p] == [1, 2, 3, 4, 5, 6]
-    assert [p["val_loss"] for p in history if "val_loss" in p] == [2, 4, 6]
+    before, after = read_offline_runs(tmp_path)
+    assert before.run_id == after.run_id == second.logger.version
+    history = before.history + after.history
+    assert [p["trainer/global_step"] for p in history if "train_loss" in p] == [*range(1, BATCHES + 1)]
+    assert [p["trainer/global_step"] for p in history if "val_score" in p] == [2, 4, 6, 8]
+    assert [p["val_score"] for p in history if "val_score" in p] == [0, 1, 2, 3]
 
 
-def test_a_test_of_its_own_joins_the_run_of_its_folder(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"save_dir": tmp_path, "offline": True}
-    trained = WandbLogger(**options)
-    trained.setup(fitting(tmp_path / "version_0"), None, "fit")  # type: ignore[arg-type]
-    trained.log_metrics({"loss": 1.0}, step=10)
+def test_a_test_in_the_same_folder_joins_the_run(tmp_path: Path) -> None:
+    logged_run(tmp_path, max_epochs=1).fit(Scripted(), loader())
     wandb.finish()
-    tested = WandbLogger(**options)
-    tested.setup(fitting(tmp_path / "version_0", "test"), None, "test")  # type: ignore[arg-type]
-    tested.log_metrics({"test_loss": 1.0}, step=0)
+    logged_run(tmp_path, folder=tmp_path / "version_0").test(Scripted(), loader(2))
     wandb.finish()
-    first, second = read_offline_runs(tmp_path)
-    assert first.run_id == second.run_id
-    assert [p["test_loss"] for p in second.history] == [1.0]
+    trained, tested = read_offline_runs(tmp_path)
+    assert trained.run_id == tested.run_id
+    assert [p["test_score"] for p in tested.history] == [7.0]
 
 
 def test_a_run_in_another_folder_is_another_run(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"save_dir": tmp_path, "offline": True}
-    for folder in ("version_0", "version_1"):
-        logger = WandbLogger(**options)
-        logger.setup(fitting(tmp_path / folder), None, "fit")  # type: ignore[arg-type]
-        logger.log_metrics({"loss": 1.0}, step=1)
+    for _ in range(2):
+        logged_run(tmp_path, max_epochs=1).fit(Scripted(), loader())
         wandb.finish()
     first, second = read_offline_runs(tmp_path)
     assert first.run_id != second.run_id
 
 
-def checkpoints(folder: Path, **scores: float) -> Any:
-    for name in scores:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "manifest.json").write_text("{}")
-    paths = {str(folder / name): score for name, score in scores.items()}
-    best = min(paths, key=lambda path: paths[path])
-    return SimpleNamespace(saved_paths=lambda: paths, best_model_path=best, mode="min", save_top_k=1)
+def uploads(tmp_path: Path, scores: list[float], **options: Any) -> list[tuple[str, str, list[str]]]:
+    """What is uploaded of checkpoints with these scores, of which the best is kept."""
+    logger = WandbLogger(save_dir=tmp_path, mode="offline", id="abc", **options)
+    saves = ModelCheckpoint(monitor="val_score")
+    trainer(tmp_path, saves, logger=logger, max_epochs=len(scores)).fit(Scripted(scores), loader(), loader(2))
+    return written(tmp_path).artifacts
 
 
-def test_log_model_uploads_checkpoints_at_the_end(tmp_path: Path) -> None:
-    logger = WandbLogger(save_dir=tmp_path, log_model=True, id="abc", mode="offline")
-    logger.after_save_checkpoint(checkpoints(tmp_path / "ckpts", a=2.0))
-    logger.after_save_checkpoint(checkpoints(tmp_path / "ckpts", b=1.0))
-    assert logger.experiment.id == "abc"
-    logger.finalize("success")
-    assert written(tmp_path).artifacts == [("model-abc", "model", ["best", "latest"])]
+def test_log_model_uploads_the_best_checkpoint_at_the_end(tmp_path: Path) -> None:
+    assert uploads(tmp_path, [3, 2, 4], log_model=True) == [("model-abc", "model", ["best", "latest"])]
 
 
-def test_log_model_all_uploads_each_checkpoint_once(tmp_path: Path) -> None:
-    logger = WandbLogger(save_dir=tmp_path, log_model="all", checkpoint_name="mine", mode="offline")
-    logger.after_save_checkpoint(checkpoints(tmp_path / "ckpts", a=2.0))
-    logger.after_save_checkpoint(checkpoints(tmp_path / "ckpts", a=2.0, b=3.0))
-    logger.finalize("failed")
-    names = [(name, aliases) for name, _, aliases in written(tmp_path).artifacts]
-    assert names == [("mine", ["best", "latest"]), ("mine", ["latest"])]
+def test_log_model_all_uploads_each_checkpoint_when_it_is_saved(tmp_path: Path) -> None:
+    found = uploads(tmp_path, [3, 2, 4], log_model="all", checkpoint_name="mine")
+    assert found == [("mine", "model", ["best", "latest"])] * 2
 
 
 def test_uploads_of_an_offline_run_are_refused() -> None:

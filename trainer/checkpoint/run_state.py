@@ -82,7 +82,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             checkpoint["datamodule_hyper_parameters"] = trainer.datamodule._hparams_to_store()
             if state := trainer.datamodule.state_dict():
                 checkpoint[type(trainer.datamodule).__qualname__] = state
-        for callback in trainer.callbacks:
+    for callback in trainer.callbacks:
+        if not weights_only or getattr(callback, "changes_saved_weights", False):
             callback.on_save_checkpoint(trainer, module, checkpoint)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
@@ -140,6 +141,8 @@ def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     names = dict(trainer.lightning_module.named_parameters())
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         load_optimizer_state_by_name(optimizer, state, names)
+        if trainer.global_step:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns: it stepped elsewhere
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
         if state is not None:
             config.scheduler.load_state_dict(state)

@@ -1,0 +1,90 @@
+"""Which parts of a model are sharded, gathered and checkpointed as one: its repeated layers, or those that are named.
+
+A rank holds one gathered block at a time, so blocks should be many and alike: the layers of a transformer, the stages
+of a convolutional network. `find_blocks` looks for the layers that a container repeats; `named_blocks` finds those of a
+class or a name. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from ..errors import ConfigurationError
+
+#: A repeated layer with more than this share of all parameters is looked into for smaller repeated ones.
+_LARGE = 0.25
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers that `model` repeats, outermost first choice; empty where none repeats.
+
+    Layers with layers of their own (a transformer's block) are preferred to bare ones (a Linear).
+    """
+    total = sum(p.numel() for p in model.parameters()) or 1
+    return list(_repeated(model, total, bare=False)) or list(_repeated(model, total, bare=True))
+
+
+def named_blocks(model: nn.Module, wanted: Sequence[type[nn.Module] | str]) -> list[nn.Module]:
+    """The modules of the classes, class names or paths in `wanted`; ConfigurationError for one that is not there."""
+    found: list[nn.Module] = []
+    for item in wanted:
+        parts = [m for path, m in model.named_modules() if m is not model and _is_named(path, m, item)]
+        if not parts:
+            name = item if isinstance(item, str) else item.__name__
+            classes = sorted({type(m).__name__ for m in model.modules() if m is not model})
+            near = difflib.get_close_matches(name, classes, 1)
+            advice = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(classes)}."
+            raise ConfigurationError(f"blocks names {name!r}, but {type(model).__name__} has no such layer. {advice}")
+        found += parts
+    return [m for m in model.modules() if any(m is part for part in found) and any(True for _ in m.parameters())]
+
+
+def without_shared(model: nn.Module, blocks: list[nn.Module]) -> tuple[list[nn.Module], list[str]]:
+    """Blocks that share no parameter with a part outside them, and the paths of those that do: these cannot be
+    gathered alone, since both users of the parameter must see it gathered."""
+    names = {m: path for path, m in model.named_modules()}
+    users: Counter[int] = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    kept, left = [], []
+    for block in blocks:
+        own = Counter(id(p) for m in block.modules() for p in m._parameters.values() if p is not None)
+        (kept if all(users[key] == count for key, count in own.items()) else left).append(block)
+    return kept, [names[block] for block in left]
+
+
+def described(model: nn.Module, blocks: Sequence[nn.Module]) -> str:
+    """ "12 x Block (h.0 ... h.11)": what was found, for the one line that is printed."""
+    names = {m: path for path, m in model.named_modules()}
+    kinds: dict[str, list[str]] = {}
+    for block in blocks:
+        kinds.setdefault(_class_name(block), []).append(names[block])
+    return ", ".join(
+        f"{len(paths)} x {kind} ({paths[0]}{f' ... {paths[-1]}' if len(paths) > 1 else ''})"
+        for kind, paths in kinds.items()
+    )
+
+
+def _is_named(path: str, module: nn.Module, item: type[nn.Module] | str) -> bool:
+    if isinstance(item, str):
+        return item in (path, *(kind.__name__ for kind in type(module).__mro__))
+    return isinstance(module, item)
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("FSDP")
+
+
+def _repeated(model: nn.Module, total: int, bare: bool) -> Iterator[nn.Module]:
+    children = [child for child in dict.fromkeys(model.children()) if any(True for _ in child.parameters())]
+    counts = Counter(type(child) for child in children)
+    for child in children:
+        own = any(True for _ in child.children()) and not isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        if counts[type(child)] > 1 and (own or (bare and not isinstance(child, (nn.ModuleList, nn.ModuleDict)))):
+            size = sum(p.numel() for p in child.parameters())
+            inner = list(_repeated(child, total, bare=False)) if size > _LARGE * total else []
+            yield from inner or [child]
+        else:
+            yield from _repeated(child, total, bare)
