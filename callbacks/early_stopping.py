@@ -74,6 +74,7 @@ class EarlyStopping(Callback):
         self.log_rank_zero_only = log_rank_zero_only
         self._check_on_train_epoch_end = check_on_train_epoch_end
         self._watch = Watch()
+        self._resumed = False
 
         self.wait_count = 0
         self.stopped_epoch = 0
@@ -99,6 +100,9 @@ class EarlyStopping(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
         """A run that was stopped stays stopped when it is resumed, unless it is to have more patience now."""
+        resumed, self._resumed = self._resumed, False
+        if not resumed:
+            return
         exhausted = self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED
         if exhausted and self.wait_count < self.patience:
             self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
@@ -216,6 +220,7 @@ class EarlyStopping(Callback):
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self.best_score = torch.as_tensor(state_dict["best_score"])
+        self._resumed = True
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
 
 

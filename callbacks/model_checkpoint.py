@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..trainer.callback import Callback
+from ..trainer.checkpoint.saver import FollowUp
 from ..trainer.rank_zero import rank_zero_info, rank_zero_warn
 from .agreed_clock import AgreedClock
 from .checkpoint_names import format_name
@@ -26,6 +27,7 @@ from .monitored import Watch, never_logged
 from .top_k import best, comparable, qualifies, worst
 
 if TYPE_CHECKING:
+    from ..trainer.checkpoint.saver import Outcome
     from ..trainer.module import Module
     from ..trainer.trainer import Trainer
 
@@ -39,6 +41,9 @@ class ModelCheckpoint(Callback):
     `last.ckpt`, a pointer to the newest.
     When: every `every_n_epochs` epochs (the default, 1), `every_n_train_steps` updates, or `train_time_interval`;
     epochs are saved after validation where `save_on_train_epoch_end` is False; None finds that from the Trainer.
+    With `async_save` training waits only until the state is copied in host memory, and the files are whole some time
+    later, at the latest at the next save or the end of `fit`. A save that fails, such as on a full disk, stops training
+    with a CheckpointError at the next step that all ranks agree on; `on_save_error="warn"` goes on without it.
     """
 
     acts_on_metrics = True
@@ -66,6 +71,8 @@ class ModelCheckpoint(Callback):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        async_save: bool = True,
+        on_save_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         self.dirpath = None if dirpath is None else _absolute(os.fspath(dirpath))
         self._given_dirpath = self.dirpath
@@ -84,6 +91,8 @@ class ModelCheckpoint(Callback):
         self._every_n_epochs = every_n_epochs or 0
         self._train_time_interval = train_time_interval
         self._save_on_train_epoch_end = save_on_train_epoch_end
+        self.async_save = async_save
+        self.on_save_error = on_save_error
         _check_arguments(self, enable_version_counter)
 
         self._clock = None if train_time_interval is None else AgreedClock(train_time_interval.total_seconds())
@@ -223,12 +232,13 @@ class ModelCheckpoint(Callback):
     # --- what ----------------------------------------------------------------------------------------------------
     def _act(self, trainer: Trainer, due: bool, always: bool = False) -> None:
         """Save if this is one of the best, or for `save_last`; on every rank."""
+        trainer.settle_saves()  # what became of the last one is known before anything is decided
         metrics = self._candidates(trainer)
         is_top = due and self._is_top(trainer, metrics)
         if not (is_top or self.save_last or always):
             return
         path, pointer = self._free_paths(trainer, metrics)
-        before = self._kept()
+        before, undo = self._kept(), self._noted()
         if is_top:
             self._note_top(path, metrics)
         if self.save_last:
@@ -240,13 +250,43 @@ class ModelCheckpoint(Callback):
         if self.verbose:
             rank_zero_info(self._message(trainer, path, is_top))
 
-        saved = str(trainer.save_checkpoint(path, self.save_weights_only))
-        if saved != path:  # somebody else took the name in the meantime
-            self._rename(path, saved)
-        self._let_go(trainer)
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+        # What this process resumed from stays while it runs; it is removed after the next resume.
+        removable = [old for old in self._retired if old != trainer.ckpt_path]
+        pointer = self.last_model_path if self.save_last else ""
+
+        def then(saved: str) -> None:
+            """On rank 0, once it is durable: point `last` to it and remove what it replaced."""
+            from ..trainer.checkpoint import write_pointer
+
+            if pointer:
+                write_pointer(pointer, saved)
+            for old in removable:
+                self._remove_checkpoint(old)
+
+        def settled(outcome: Outcome) -> None:
+            """On every rank, when all know what became of it."""
+            if not outcome.path:
+                vars(self).update(undo)
+                return
+            if outcome.path != path:  # somebody else took the name in the meantime
+                self._rename(path, outcome.path)
+            self._retired = [old for old in self._retired if old not in removable]
+            if trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    logger.after_save_checkpoint(self)
+
+        follow_up = FollowUp(then, settled, tolerates=self.on_save_error == "warn")
+        wait = always or not self.async_save
+        trainer.save_checkpoint(path, self.save_weights_only, wait=wait, follow_up=follow_up)
+
+    def _noted(self) -> dict[str, Any]:
+        """What a save that fails must leave as it was."""
+        names = (
+            "best_model_path best_model_score kth_best_model_path kth_value current_score last_model_path "
+            "_last_target _last_checkpoint_saved _last_global_step_saved"
+        )
+        held = {name: getattr(self, name) for name in names.split()}
+        return {**held, "best_k_models": dict(self.best_k_models), "_retired": list(self._retired)}
 
     def _candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         """The metrics, equal on every rank, with `epoch` and `step`."""
@@ -318,10 +358,10 @@ class ModelCheckpoint(Callback):
             # What this process resumed from stays while it runs; it is removed after the next resume.
             removable = [path for path in self._retired if path != trainer.ckpt_path]
             for path in removable:
-                self._remove_checkpoint(trainer, path)
+                self._remove_checkpoint(path)
                 self._retired.remove(path)
 
-    def _remove_checkpoint(self, trainer: Trainer, path: str) -> None:
+    def _remove_checkpoint(self, path: str) -> None:
         """Remove a checkpoint or a pointer of ours, if it is still there."""
         from ..trainer.checkpoint import is_checkpoint, remove
         from ..trainer.checkpoint.storage import storage_of
@@ -430,6 +470,8 @@ def _check_arguments(callback: ModelCheckpoint, enable_version_counter: bool) ->
             f"ModelCheckpoint(save_top_k={callback.save_top_k}, monitor=None) is not a valid configuration. No "
             "quantity for top_k to track. Give monitor=, or save_top_k=-1 to keep all."
         )
+    if callback.on_save_error not in ("raise", "warn"):
+        raise ConfigurationError(f"on_save_error={callback.on_save_error!r}: use 'raise' or 'warn'.")
     if "/" in (callback.filename or ""):
         raise ConfigurationError(
             f"ModelCheckpoint(filename={callback.filename!r}) must be a plain name. Put the folders into dirpath."

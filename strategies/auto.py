@@ -94,6 +94,11 @@ def _device_indices(
         devices = _parse_devices(devices)
     if devices == "auto" or devices == -1:
         if cluster is not None:
+            if available is not None and cluster.local_world_size > available:
+                raise ConfigurationError(
+                    f"{cluster.found_by} started {cluster.local_world_size} rank(s) on this node, but it has {available} "
+                    f"{kind} device(s), one for each. Start {available}, or use accelerator='cpu'."
+                )
             return list(range(cluster.local_world_size))
         if devices == "auto" and (strategy == "single" or not can_launch or kind == "mps"):
             return [0]
@@ -149,7 +154,7 @@ def _strategy(strategy: str | Strategy, world_size: int) -> tuple[Strategy, str]
         name = "ddp" if world_size > 1 else "single"
         return STRATEGIES[name](), "one process" if world_size == 1 else "several ranks, the model fits each"
     if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(str(strategy), [*STRATEGIES, "auto"], 1, 0)
+        near = difflib.get_close_matches(str(strategy).lower(), [*STRATEGIES, "auto"], 1, 0)
         raise ConfigurationError(
             f"strategy={strategy!r} is not known. Did you mean {near[0]!r}? There are 'auto', "
             f"{', '.join(map(repr, STRATEGIES))}, and any Strategy object."

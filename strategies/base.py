@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +79,14 @@ class Strategy:
         return self.world_size
 
     @property
+    def gradient_divisor(self) -> int:
+        """By what the sum of all ranks' gradients is divided: `data_ranks` where they are averaged, 1 where summed.
+
+        The losses of a window are scaled by their share of its weight times this number.
+        """
+        return self.data_ranks
+
+    @property
     def is_global_zero(self) -> bool:
         """True on the one process that prints, draws and writes."""
         return self.rank == 0
@@ -104,6 +113,10 @@ class Strategy:
             dist.destroy_process_group()
 
     # --- the module --------------------------------------------------------------------------------------------
+    def building(self) -> AbstractContextManager[Any]:
+        """The context in which `configure_model` builds layers: on the meta device where they will be sharded."""
+        return nullcontext()
+
     def place(self, module: nn.Module, precision: Precision) -> None:
         """Move the module to its device and type; evaluation uses it as it is afterwards."""
         self.module, self.precision = module, precision
@@ -143,12 +156,22 @@ class Strategy:
     def sync_gradients(self, enabled: bool) -> None:
         """Whether the next backward pass ends with gradients reduced over the ranks; one a window does."""
 
+    def drop_window(self) -> None:
+        """Forget the gradients of a window that is given up before its last micro-batch."""
+        self.sync_gradients(True)
+
     def idle_backward(self) -> None:
         """Take part in the window's reduction with gradients of zero; called where a rank has no loss."""
         zero_loss(self.module).backward()
 
+    def sync_buffers(self) -> None:
+        """Give every rank the buffers of which a checkpoint holds one copy; before evaluation inside `fit`."""
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average `.grad` over the ranks in one flat all-reduce; for manual optimization."""
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that cannot work on the placed parameters; ConfigurationError."""
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss from which to go backward: scaled under "16-mixed"."""

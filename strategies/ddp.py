@@ -82,6 +82,19 @@ class DDP(Strategy):
         if self._wrapped is not None:
             self._wrapped.require_backward_grad_sync = enabled
 
+    def idle_backward(self) -> None:
+        """As the base class does. A search for unused parameters found all to be, as the step returned no loss."""
+        loss, wrapped = zero_loss(self.module), self._wrapped
+        if wrapped is not None and wrapped.find_unused_parameters and wrapped.require_backward_grad_sync:
+            wrapped.reducer.prepare_for_backward([loss])
+        loss.backward()
+
+    def sync_buffers(self) -> None:
+        """Rank 0's, as before each forward in training: ranks' batch statistics differ since the last one."""
+        if self._wrapped is not None and self._wrapped.broadcast_buffers:
+            for buffer in self._wrapped.module.buffers():
+                dist.broadcast(buffer, 0)
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average `.grad` over the ranks in one flat all-reduce; an absent one counts as zero."""
         if self.world_size == 1:

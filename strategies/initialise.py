@@ -2,13 +2,15 @@
 
 Every rank draws all numbers of one common stream, one layer at a time, keeps its shards and frees the rest, so no rank
 ever holds more than one layer whole. The order is that of construction: children first, then their parent's own
-parameters by `reset_parameters()`; a module with `init_weights(module)` then applies it to all its parts, as
+parameters by `reset_parameters()`. A module with `init_weights(module)` then applies it to all its parts, as
 `self.apply(self.init_weights)` does at the end of a constructor.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import ConfigurationError
 
+_Initialiser = Callable[[], Any]
+
 
 def initialise(module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
     """Give the sharded `module` its values, on `device`; `dtypes` are those in which its tensors were built.
@@ -24,58 +28,79 @@ def initialise(module: nn.Module, device: torch.device, dtypes: Mapping[str, tor
     The generators of all ranks must be in one state, and are in one afterwards.
     Raises ConfigurationError for a parameter or buffer that nothing initialises, by name.
     """
-    missing = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_meta]
-    waiting = {id(tensor) for tensor in missing}
-    names = {m: path for path, m in module.named_modules()}
-    lost: list[str] = []
-    for part in _children_first(module):
-        own = {name: tensor for name, tensor in _tensors(part).items() if id(tensor) in waiting}
-        if not own:
-            continue
-        waiting -= {id(tensor) for tensor in own.values()}
-        prefix = f"{names[part]}." if names[part] else ""
-        full = {
-            name: _unset(tensor, dtypes.get(prefix + name, tensor.dtype)) for name, tensor in own.items()
-        }
-        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-        _run(part, full, reset)
+    prefixes = {part: f"{path}." if path else "" for path, part in module.named_modules()}
+    built = _allocate(module, device)
+    lost: set[str] = set()
+    done: set[int] = set()
+    for part, own in built.items():
+        full = {name: _unset(own[name], dtypes.get(prefixes[part] + name)) for name in own}
+        _run(part, full, getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None))
         for name, tensor in own.items():
-            _fill(part, name, tensor, full[name], device)
-        lost += [prefix + name for name in own if _is_unset(full[name])]
-    still = _apply_init_weights(module, set(lost), device)
-    if still:
-        owner = module.get_submodule(still[0].rpartition(".")[0])
+            if id(tensor) in done:
+                continue  # tied to one that has its values; drawing for it kept the stream in step
+            done.add(id(tensor))
+            _keep(tensor, full[name])
+            if _is_unset(full[name]):
+                lost.add(prefixes[part] + name)
+    _apply_init_weights(module, prefixes, lost)
+    if lost:
+        first = min(lost)
+        owner = type(module.get_submodule(first.rpartition(".")[0])).__name__.removeprefix("FSDP")
+        others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise ConfigurationError(
-            f"{still[0]!r} was built on the meta device and nothing initialises it. Define reset_parameters() in "
-            f"{type(owner).__name__.removeprefix('FSDP')}, or init_weights(module) in the model, that fills it "
-            f"(all such: {', '.join(still[:10])}); or build the model in __init__, which costs every rank its memory."
+            f"{first!r}{others} was built on the meta device and nothing initialises it. Define reset_parameters() in "
+            f"{owner}, or init_weights(module) in the model, that fills it; or build the model in __init__, which "
+            "costs every rank the memory of the whole model."
         )
 
 
-def _apply_init_weights(module: nn.Module, lost: set[str], device: torch.device) -> list[str]:
-    """What every `init_weights(module)` does to the parts below it; returns the names that are still not set."""
-    names = {m: path for path, m in module.named_modules()}
+def _allocate(module: nn.Module, device: torch.device) -> dict[nn.Module, dict[str, Tensor]]:
+    """Memory for what is on the meta device, children first: the tensors of each part that still lack values."""
+    new: dict[int, Tensor] = {}
+    built: dict[nn.Module, dict[str, Tensor]] = {}
+    for part in _children_first(module):
+        for name, tensor in _tensors(part).items():
+            if not tensor.is_meta:
+                continue
+            if id(tensor) not in new:
+                data = torch.empty_like(tensor, device=device, requires_grad=False)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                new[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
+            _group(part, name)[name] = new[id(tensor)]
+            built.setdefault(part, {})[name] = new[id(tensor)]
+    return built
+
+
+def _apply_init_weights(module: nn.Module, prefixes: Mapping[nn.Module, str], lost: set[str]) -> None:
+    """What every `init_weights(module)` does to the parts below it; names that it sets leave `lost`."""
     for owner in _children_first(module):
-        init = getattr(owner, "init_weights", None)
-        if not callable(init):
+        init = _init_weights_of(owner)
+        if init is None:
             continue
         for part in _children_first(owner):
             own = _tensors(part)
+            if not own:
+                continue
             full = {name: _gathered(tensor) for name, tensor in own.items()}
-            prefix = f"{names[part]}." if names[part] else ""
-            for name in own:
-                if prefix + name in lost:
-                    _mark_unset(full[name])
-            if full:
-                _run(part, full, lambda part=part, init=init: init(part))
+            waiting = {name for name in own if prefixes[part] + name in lost}
+            for name in waiting:
+                _mark_unset(full[name])
+            _run(part, full, partial(init, part))
             for name, tensor in own.items():
-                _fill(part, name, tensor, full[name], device)
-                if prefix + name in lost and not _is_unset(full[name]):
-                    lost.discard(prefix + name)
-    return sorted(lost)
+                _keep(tensor, full[name])
+            lost -= {prefixes[part] + name for name in waiting if not _is_unset(full[name])}
+
+
+def _init_weights_of(owner: nn.Module) -> Callable[[nn.Module], Any] | None:
+    for name in ("init_weights", "_init_weights"):
+        init = getattr(owner, name, None)
+        if callable(init) and len(inspect.signature(init).parameters) == 1:
+            return init  # type: ignore[no-any-return]
+    return None
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Every part once, in the order in which `Module.apply` visits them."""
     seen: set[nn.Module] = set()
 
     def walk(part: nn.Module) -> Iterator[nn.Module]:
@@ -93,60 +118,53 @@ def _tensors(part: nn.Module) -> dict[str, Tensor]:
     return {name: t for group in (part._parameters, part._buffers) for name, t in group.items() if t is not None}
 
 
-def _unset(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _group(part: nn.Module, name: str) -> dict[str, Any]:
+    return part._parameters if name in part._parameters else part._buffers  # type: ignore[return-value]
+
+
+def _unset(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A whole host tensor in the place of `tensor`, marked as without value."""
-    full = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    full = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="cpu")
     _mark_unset(full)
     return full
 
 
 def _mark_unset(full: Tensor) -> None:
-    if full.is_floating_point() or full.is_complex():
-        full.detach().fill_(float("nan"))
-    else:
-        full.detach().zero_()
+    full.fill_(float("nan") if full.is_floating_point() or full.is_complex() else 0)
 
 
 def _is_unset(full: Tensor) -> bool:
-    """Whether nothing, or not everything, was written; whole numbers have no such mark and count as set."""
-    return bool(full.isnan().any()) if full.is_floating_point() or full.is_complex() else False
+    """Whether nothing, or not everything, was written; whole numbers bear no such mark and count as set."""
+    return (full.is_floating_point() or full.is_complex()) and bool(full.isnan().any())
 
 
 def _gathered(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 
-def _run(part: nn.Module, full: dict[str, Tensor], initialiser: Callable[[], Any] | None) -> None:
-    """Call `initialiser` while `part` has the whole tensors; `full` has what it has afterwards."""
+def _run(part: nn.Module, full: dict[str, Tensor], initialiser: _Initialiser | None) -> None:
+    """Call `initialiser` while `part` has the whole tensors; `full` holds what they are afterwards."""
     if initialiser is None:
         return
-    groups = {name: part._parameters if name in part._parameters else part._buffers for name in full}
-    held = {name: group[name] for name, group in groups.items()}
-    for name, group in groups.items():
-        requires_grad = isinstance(held[name], nn.Parameter) and full[name].is_floating_point()
-        group[name] = nn.Parameter(full[name], requires_grad) if isinstance(held[name], nn.Parameter) else full[name]
+    held = {name: _group(part, name)[name] for name in full}
+    for name, tensor in held.items():
+        is_parameter = isinstance(tensor, nn.Parameter)
+        _group(part, name)[name] = nn.Parameter(full[name], False) if is_parameter else full[name]
     try:
         with torch.no_grad():
             initialiser()
-        for name, group in groups.items():
-            changed = group[name]
-            assert changed is not None
-            full[name] = changed.detach()
+        full.update({name: _group(part, name)[name].detach() for name in full})
     finally:
-        for name, group in groups.items():
-            group[name] = held[name]
+        for name, tensor in held.items():
+            _group(part, name)[name] = tensor
 
 
 @torch.no_grad()
-def _fill(part: nn.Module, name: str, tensor: Tensor, full: Tensor, device: torch.device) -> None:
-    """Keep this rank's share of `full` as the data of `tensor`, whose identity stays where it can."""
+def _keep(tensor: Tensor, full: Tensor) -> None:
+    """Give `tensor` its share of `full`."""
     if isinstance(tensor, DTensor):
-        full = full.to(tensor.device_mesh.device_type, tensor.dtype)
-        mine = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
-        tensor.to_local().copy_(mine)
-    elif tensor.is_meta:
-        group: Any = part._parameters if name in part._parameters else part._buffers
-        data = full.to(device, tensor.dtype)
-        group[name] = nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+        moved = full.to(tensor.device_mesh.device_type, tensor.dtype)
+        mine = distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.to_local().copy_(mine.to_local())
     else:
         tensor.copy_(full)

@@ -60,10 +60,11 @@ def shard(roots: Iterable[nn.Module], blocks: list[nn.Module], sharding: Shardin
     """
     roots = list(roots)
     for part in (*blocks, *roots):
-        _move_and_agree(part, sharding)
+        move_and_agree(part, sharding.device)
         if sharding.activation_checkpointing and part not in roots:
             _checkpoint_activations(part)
-        sharding.apply(part, root=part in roots)
+        if not isinstance(part, FSDPModule):  # a user's `parallelize` may have done it
+            sharding.apply(part, root=part in roots)
     for root in roots:
         for part in fsdp_modules(root):
             part.set_gradient_divide_factor(1.0)
@@ -114,13 +115,13 @@ def is_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _move_and_agree(part: nn.Module, sharding: Sharding) -> None:
+def move_and_agree(part: nn.Module, device: torch.device) -> None:
     """Move what is not sharded yet to the device, with the values that rank 0 has."""
     for tensor in (*part.parameters(), *part.buffers()):
         if isinstance(tensor, DTensor) or tensor.is_meta:
             continue
-        if tensor.device != sharding.device:
-            tensor.data = tensor.data.to(sharding.device)
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
         dist.broadcast(tensor.detach(), 0)
 
 

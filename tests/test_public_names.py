@@ -29,7 +29,7 @@ CONTRACT = {
     "ThroughputMonitor EMAWeightAveraging PredictionWriter BasePredictionWriter LambdaCallback Profiler OnExceptionCheckpoint "
     "StochasticWeightAveraging BaseFinetuning ProgressBar Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
     "paceline.loggers": "Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
-    "paceline.strategies": "Strategy SingleDevice DDP register_strategy",
+    "paceline.strategies": "Strategy SingleDevice DDP FSDP HSDP register_strategy",
     "paceline.trainer": "Trainer Module DataModule Callback CombinedLoader seed_everything rank_zero_only "
     "rank_zero_info rank_zero_warn",
 }
@@ -112,7 +112,7 @@ def test_a_wrong_name_is_an_attribute_error_that_says_the_nearest_right_one() ->
 
 
 def test_a_name_like_no_other_is_answered_with_all_that_there_are() -> None:
-    with pytest.raises(AttributeError, match="It has: DDP, SingleDevice, Strategy, register_strategy"):
+    with pytest.raises(AttributeError, match="It has: DDP, FSDP, HSDP, SingleDevice, Strategy, register_strategy"):
         paceline.strategies.quux
 
 

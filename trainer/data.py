@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 _WORKERS_STREAM = 0x776F726B  # "work"
 
+_READ_AT_ONCE = 4096
+
 #: Host batches in, device batches out, perhaps some ahead.
 ToDevice = Callable[[Iterator[Any]], Iterator[Any]]
 
@@ -183,20 +185,15 @@ class PlannedData:
 
     def _cut_windows(self, plan: EpochPlan, epoch: int, first_batch: int) -> Iterator[Window]:
         order = self._order(plan.num_samples, epoch)
-        parts = (plan.part(i) for i in range(first_batch, plan.num_batches))
-        self._indices.lists = ((part.start, order[part.start : part.stop]) for part in parts)
+        self._indices.lists = _in_chunks(order, plan.spans(first_batch))
         self._indices.count = plan.num_batches - first_batch
         batches = self._read(epoch, first_batch)
-        full: tuple[list[float], list[float]] | None = None
-        for number in range(plan.locate(first_batch)[0], plan.num_windows):
-            samples = plan.window_weight(number)
-            if full is not None and samples == plan.global_batch:
-                scales, weights = full
-            else:
+        first = plan.locate(first_batch)[0]
+        for number in range(first, plan.num_windows):
+            if number == first or number >= plan.full_windows:
+                samples = plan.window_weight(number)
                 weights = [float(part.weight) for part in plan.window(number)]
-                scales = [w * plan.ranks / samples for w in weights]
-                if samples == plan.global_batch:
-                    full = scales, weights
+                scales = [w * self._strategy.gradient_divisor / samples for w in weights]
             yield self._window(batches, scales, weights, samples)
 
     def _dealt_windows(self, plan: EpochPlan, epoch: int, first_batch: int) -> Iterator[Window]:
@@ -209,7 +206,8 @@ class PlannedData:
         for number in range(plan.locate(first_batch)[0], plan.num_windows):
             weights = [float(sizes[part.start] * part.weight) for part in plan.window(number)]
             samples = sum(sizes[position] for position in plan.window_span(number))
-            yield self._window(batches, [w * plan.ranks / samples for w in weights], weights, samples)
+            scales = [w * self._strategy.gradient_divisor / samples for w in weights]
+            yield self._window(batches, scales, weights, samples)
 
     def _window(self, batches: Iterator[Any], scales: list[float], weights: list[float], samples: int) -> Window:
         weigh = self._settings.loss_weight
@@ -354,7 +352,7 @@ class StreamedData:
             missing = count - len(held)
             held, weights = held[:count] + [last] * missing, weights[:count] + [0.0] * missing
             total = float(rows[:, 1].sum())
-            scales = [w * strategy.data_ranks / total if total else 0.0 for w in weights]
+            scales = [w * strategy.gradient_divisor / total if total else 0.0 for w in weights]
             yield Window(_moved(held, self.to_device), scales, weights, int(rows[:, 2].sum()))
             if not ahead:
                 coming = fill()
@@ -386,16 +384,16 @@ def _moved(batches: list[Any], to_device: ToDevice | None) -> Iterator[Any]:
 
 
 def shares(weights: Sequence[float], strategy: Strategy) -> Sequence[float | Tensor]:
-    """Factors that make the sum over micro-batches and the average over ranks the weighted mean of the window.
+    """Factors that make the window's gradient, as the strategy reduces it over the ranks, that of its weighted mean.
 
-    weight / (sum of all ranks' weights) * ranks; with several ranks one reduction on the device, and no host sync.
+    weight / (sum of all ranks' weights) * the strategy's `gradient_divisor`; with several ranks one reduction on the device, and no host sync.
     """
     total = sum(weights)
     if strategy.data_ranks == 1:
         return [w / total if total else 0.0 for w in weights]
     sums = torch.full((), total, dtype=torch.float64 if strategy.device.type == "cpu" else torch.float32)
     over_ranks = strategy.all_reduce(sums.to(strategy.device, non_blocking=True))
-    inverse = strategy.data_ranks / over_ranks.clamp(min=torch.finfo(torch.float32).tiny)
+    inverse = strategy.gradient_divisor / over_ranks.clamp(min=torch.finfo(torch.float32).tiny)
     return [inverse * w for w in weights]
 
 
@@ -408,6 +406,16 @@ class _DrawnOrder(Order):
 
     def _read(self, start: int, stop: int) -> list[Any]:
         return self._indices[start:stop]
+
+
+def _in_chunks(order: Order, spans: Iterator[tuple[int, int]]) -> Iterator[tuple[int, list[Any]]]:
+    """The first position and the indices of each span; an order is cheaper to read some thousand at a time."""
+    chunk: list[Any] = []
+    first = 0
+    for start, stop in spans:
+        if start < first or stop > first + len(chunk):
+            chunk, first = order[start : max(stop, start + _READ_AT_ONCE)], start
+        yield start, chunk[start - first : stop - first]
 
 
 def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> PlannedData | StreamedData:

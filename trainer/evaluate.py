@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .evaluation_data import EvaluationData
+from .metric_objects import untouched
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -74,10 +75,14 @@ def _evaluate_loader(run: Evaluation, data: EvaluationData, limit: int | float) 
     metrics, stage, index = run.metrics, run.stage, run.dataloader_idx
     before, after = getattr(run.hooks, f"on_{stage}_batch_start"), getattr(run.hooks, f"on_{stage}_batch_end")
     transfer, step_name = run.transfers[index], f"{stage}_step"
-    for batch_idx, batch, weight, indices in data.batches(limit):
+    for batch_idx, batch, weight, indices, ghost in data.batches(limit):
         run.batch_idx, run.indices = batch_idx, indices
         if transfer is not None:
             batch = transfer(batch)
+        if ghost:
+            with metrics.silent(), untouched(run.module):
+                run.step(batch, batch_idx, index)
+            continue
         metrics.window += 1
         metrics.batch, metrics.weight = batch, weight
         for hook in before:

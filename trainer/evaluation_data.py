@@ -7,7 +7,7 @@ every rank, which keeps its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,13 +37,15 @@ if TYPE_CHECKING:
 class EvaluationBatch(NamedTuple):
     """A batch of one process: `batch_idx` counts those of all ranks, `weight` are its samples.
 
-    `indices` are those of its samples in the data set; None where the loader is no map-style DataLoader.
+    `indices` are those of its samples in the data set; None where the loader is no map-style DataLoader. A `ghost` is
+    run only because the other ranks' forward passes need this rank's: nothing of it counts.
     """
 
     batch_idx: int
     batch: Any
     weight: int
     indices: Any = None
+    ghost: bool = False
 
 
 class EvaluationData:
@@ -70,30 +72,68 @@ class EvaluationData:
 
     def batches(self, limit: int | float = math.inf) -> Iterator[EvaluationBatch]:
         """This rank's batches among the first `limit` of all, in order."""
-        rank, ranks = self._strategy.data_rank, self._strategy.data_ranks
         count = min(self.num_batches, limit)
-        if self._loader is None:
-            batches = (
-                (b for b, _, _ in self.user_loader)
-                if isinstance(self.user_loader, CombinedLoader)
-                else self.user_loader
-            )
-            wanted = None if count == math.inf else int(count)
-            first, step = (0, 1) if self._whole else (rank, ranks)
-            for index, batch in islice(enumerate(islice(batches, wanted)), first, None, step):
-                yield EvaluationBatch(index, batch, batch_size_of(batch) or 1)
-            return
-        lists = self._index_lists(int(count))
-        mine = evaluation_batches(len(lists), rank, ranks)
+        if self._loader is not None:
+            return self._taken_over(self._loader, self._index_lists(int(count)))
+        batches = (
+            (b for b, _, _ in self.user_loader) if isinstance(self.user_loader, CombinedLoader) else self.user_loader
+        )
+        wanted = islice(batches, None if count == math.inf else int(count))
+        if not self._whole:
+            return self._dealt(wanted)
+        own = (EvaluationBatch(index, batch, batch_size_of(batch) or 1) for index, batch in enumerate(wanted))
+        return self._agreed(own) if self._strategy.evaluation_communicates else own
+
+    def _needs_ghost(self, total: int) -> bool:
+        """Whether this rank has one batch less than the first ranks, whose forward passes wait for its own."""
+        rest = total % self._strategy.data_ranks
+        return self._strategy.evaluation_communicates and 0 < rest <= self._strategy.data_rank
+
+    def _dealt(self, batches: Iterable[Any]) -> Iterator[EvaluationBatch]:
+        """This rank's of the batches that every rank reads."""
+        rank, ranks = self._strategy.data_rank, self._strategy.data_ranks
+        total, batch = 0, None
+        for total, batch in enumerate(batches, 1):
+            if (total - 1) % ranks == rank:
+                yield EvaluationBatch(total - 1, batch, batch_size_of(batch) or 1)
+        if self._needs_ghost(total):
+            yield EvaluationBatch(total - 1, batch, 0, ghost=True)
+
+    def _agreed(self, batches: Iterator[EvaluationBatch]) -> Iterator[EvaluationBatch]:
+        """As many batches on every rank, where each has a loader of its own: one small message a batch."""
+        last: EvaluationBatch | None = None
+        while True:
+            batch = next(batches, None)
+            has = torch.tensor([float(batch is not None)], dtype=torch.float64)
+            having = self._strategy.channel("data").gather(has).wait().sum()
+            last = batch or last
+            if not having:
+                return
+            if last is None:
+                raise ConfigurationError(
+                    f"An evaluation loader is empty on rank {self._strategy.rank}, the others' are not. Give every "
+                    "rank at least one batch."
+                )
+            yield batch or last._replace(weight=0, ghost=True)
+
+    def _taken_over(self, loader: Any, lists: list[Any]) -> Iterator[EvaluationBatch]:
+        rank, ranks = self._strategy.data_rank, self._strategy.data_ranks
+        mine: Sequence[int] = evaluation_batches(len(lists), rank, ranks)
+        needs_ghost, only_ghost = self._needs_ghost(len(lists)), not mine
+        if needs_ghost and only_ghost:
+            mine = [0]
         self._indices.lists = ((i, list(lists[i]) if isinstance(lists[i], range) else lists[i]) for i in mine)
         self._indices.seed = self._seed
         self._indices.count = len(mine)
-        generator = self._loader.generator
-        assert generator is not None
-        generator.manual_seed(self._seed)
-        for index, batch in zip(mine, self._loader, strict=True):
+        loader.generator.manual_seed(self._seed)
+        index, batch = 0, None
+        for index, batch in zip(mine, loader, strict=True):
+            if only_ghost:
+                break
             size = len(lists[index]) if isinstance(lists[index], (list, tuple, range)) else batch_size_of(batch) or 1
             yield EvaluationBatch(index, batch, size, lists[index])
+        if needs_ghost:
+            yield EvaluationBatch(index, batch, 0, lists[index], ghost=True)
 
     def _index_lists(self, count: int) -> list[Any]:
         """The indices of the first `count` batches, as the user's loader would draw them."""

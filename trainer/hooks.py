@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,7 @@ class Hooks:
             metrics.hook = name
             return function(*head, *args)
 
+        hook.__qualname__ = f"{type(owner).__qualname__}.{method or name}"  # what a profiler calls it
         return hook
 
     def own(self, module: Module, name: str) -> Callable[..., Any] | None:
@@ -165,7 +167,8 @@ def check_names(obj: Callback | Module | DataModule, base: type) -> None:
             raise ConfigurationError(
                 f"{type(obj).__name__}.{name} is no hook (any more) and would never be called: {REMOVED_HOOKS[name]}."
             )
-        near = difflib.get_close_matches(name, hooks, 1, 0.85 if name.startswith("on_") else 0.9)
+        written_out = re.sub("^on_val(id)?_", "on_validation_", name)
+        near = difflib.get_close_matches(written_out, hooks, 1, 0.85 if name.startswith("on_") else 0.9)
         if near and _only_misspelt(name, near[0]):
             raise ConfigurationError(
                 f"{type(obj).__name__}.{name} is no hook and would never be called. Did you mean {near[0]}? "
@@ -187,6 +190,9 @@ _LOOK_ALIKE = frozenset(
         "predict_dataloader",
         "state_dict",
         "load_state_dict",
+        "optimizer_zero_grad",
+        "configure_gradient_clipping",
+        "transfer_batch_to_device",
     ]
 )
 

@@ -177,7 +177,7 @@ def train_window(fit: Fit, window: Window) -> bool:
         metrics.batch, metrics.weight = batch, weight
         for hook in hooks.on_train_batch_start:
             if hook(batch, batch_idx) == -1:
-                strategy.sync_gradients(True)
+                strategy.drop_window()
                 return False
         if last:
             strategy.sync_gradients(index == last)

@@ -11,6 +11,7 @@ has no sample left repeats one, which does not count.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import isqrt
@@ -255,6 +256,11 @@ class EpochPlan:
         """How many windows the epoch has: optimizer steps, unless some are skipped."""
         return -(-self.num_batches // self.micro_batches)
 
+    @cached_property
+    def full_windows(self) -> int:
+        """How many windows, the first ones, have a full global batch and all of its micro-batches: they weigh alike."""
+        return min(self.num_samples // self.global_batch, self.num_batches // self.micro_batches)
+
     def locate(self, batch_idx: int) -> tuple[int, int]:
         """The window of micro-batch `batch_idx`, and its place in it."""
         return divmod(batch_idx, self.micro_batches)
@@ -287,6 +293,17 @@ class EpochPlan:
         if weight == 0:
             return Part(first, first + 1, 0)
         return Part(first + offset, first + offset + weight, weight)
+
+    def spans(self, first_batch: int) -> Iterator[tuple[int, int]]:
+        """`start` and `stop` of this rank's micro-batches from `first_batch` on, which begins a window."""
+        pattern = [(part.start, part.stop) for part in self.window(0)] if self.full_windows else []
+        for window in range(self.locate(first_batch)[0], self.full_windows):
+            first = window * self.global_batch
+            for start, stop in pattern:
+                yield first + start, first + stop
+        for batch_idx in range(max(first_batch, self.full_windows * self.micro_batches), self.num_batches):
+            part = self.part(batch_idx)
+            yield part.start, part.stop
 
     def _global_batch(self, window: int) -> tuple[int, int, int]:
         """The first position of a window's global batch, its size before any limit, and the number of its parts."""

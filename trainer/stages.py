@@ -61,7 +61,12 @@ def running(
     else:
         state.status = TrainerStatus.FINISHED
     finally:
-        _tear_down(trainer, module, datamodule)
+        try:
+            trainer.saver.finish_alone()
+            _tear_down(trainer, module, datamodule)
+        finally:
+            trainer.saver.close()
+            trainer.release_run_folder()
         state.stage = None
 
 
@@ -84,6 +89,8 @@ def _attach(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
     for callback in trainer.callbacks:
         callback._module = module
     check_names(module, Module)
+    if datamodule is not None:
+        check_names(datamodule, DataModule)
     trainer.metrics.forget()
     trainer.metrics.module = module
     trainer.hooks = Hooks(trainer, module, trainer.callbacks, trainer.metrics)
@@ -113,7 +120,8 @@ def _set_up(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
     for callback in trainer.callbacks:
         callback.setup(trainer, module, stage)
     module.setup(stage)
-    module.configure_model()
+    with trainer.strategy.building():
+        module.configure_model()
     trainer.strategy.place(module, trainer.precision_policy)
 
 
@@ -159,6 +167,8 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
         trainer.train_data.adopt(checkpoint["paceline"]["data"])
     trainer.progress = Progress()
     optimizers, configs = parse_optimizers(module.configure_optimizers(), module.automatic_optimization)
+    for optimizer in optimizers:
+        strategy.check_optimizer(optimizer)
     trainer.optimizers, trainer.lr_scheduler_configs = optimizers, configs
     if checkpoint is not None:
         run_state.restore_progress(trainer, checkpoint)
@@ -171,9 +181,14 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
     )
 
     def wishes_to_stop() -> bool:
+        if trainer.saver.failed:
+            if trainer.world_size == 1:
+                trainer.settle_saves()
+            return True
         return (trainer.should_stop or limits.time_is_up()) and limits.may_stop_early(progress)
 
     def agree_to_stop() -> None:
+        trainer.settle_saves()  # raises on all ranks where a failed save was the reason
         trainer.should_stop = True
 
     clipping = arguments.gradient_clip_val, arguments.gradient_clip_algorithm
@@ -351,8 +366,8 @@ def prepare_evaluation(trainer: Trainer, module: Module, fn: str, loaders: Any) 
     stage, short = _EVALUATION[fn]
     if stage != "predict" and not overridden(module, f"{stage}_step", Module):
         raise ConfigurationError(
-            f"{type(module).__name__} has no {stage}_step, so {fn}() cannot evaluate it. Define {stage}_step(self, batch, "
-            "batch_idx) that logs what matters."
+            f"{type(module).__name__} has no {stage}_step, so {fn}() cannot evaluate it. Define "
+            f"{stage}_step(self, batch, batch_idx) that logs what matters."
         )
     strategy, arguments = trainer.strategy, trainer.arguments
     source = loaders if loaders is not None else _from_hooks(trainer, module, f"{short}_dataloader")

@@ -166,13 +166,17 @@ class Stepper:
         self._strategy.unscale_gradients(self._optimizer)
 
     def _reduced_loss(self) -> Tensor | None:
-        """The window's loss over all ranks: shares are scaled for an average over the ranks."""
-        return None if self._loss is None else self._strategy.all_reduce(self._loss.clone(), "mean")
+        """The window's loss over all ranks: its shares are scaled as gradients are reduced."""
+        if self._loss is None:
+            return None
+        return self._strategy.all_reduce(self._loss.clone()) / self._strategy.gradient_divisor
 
     # --- manual optimization ------------------------------------------------------------------------------------
     def backward_by_hand(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """A backward pass whose gradients are averaged over the ranks; repeating that is harmless."""
-        scaled = self._strategy.scale(loss)
+        strategy = self._strategy
+        averaged = loss if strategy.gradient_divisor == strategy.data_ranks else loss / strategy.data_ranks
+        scaled = strategy.scale(averaged)
         for hook in self._hooks.on_before_backward:
             hook(scaled)
         if self.own_backward is None:

@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from .. import callbacks as builtin
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
 from ..strategies import ddp as _ddp  # noqa: F401  registers its names
+from ..strategies import fsdp as _fsdp  # noqa: F401
+from ..strategies import hsdp as _hsdp  # noqa: F401
 from ..strategies import single as _single  # noqa: F401
 from ..strategies.auto import choose
 from ..strategies.base import Strategy
@@ -28,8 +30,9 @@ from ..strategies.precision import parse_precision
 from . import launch, stages
 from .arguments import Arguments, refuse_unknown
 from .callback import Callback
-from .checkpoint.run_folder import claim_version_folder
-from .checkpoint.run_state import save_checkpoint
+from .checkpoint.run_folder import FolderLock, claim_version_folder
+from .checkpoint.run_state import BeforeValidation, save_checkpoint
+from .checkpoint.saver import FollowUp, Saver
 from .data import DataSettings, PlannedData, StreamedData
 from .datamodule import DataModule
 from .evaluate import Evaluation, evaluate, gathered
@@ -125,9 +128,12 @@ class Trainer(TrainerProperties):
         self.hooks: Hooks
         self.fit_run: Fit | None = None
         self.validation: Evaluation | None = None
+        self.before_validation: BeforeValidation | None = None
         self.evaluation: Evaluation | None = None
         self.reloads_train = self.reloads_val = True
         self.run_folder: str | None = None
+        self._folder_lock: FolderLock | None = None
+        self.saver = Saver(self.strategy)
         self.metrics = self._metrics = Metrics(self.strategy, self._deliver)
         self.set_callbacks(_with_defaults(callbacks, logger, self.arguments))
 
@@ -145,13 +151,16 @@ class Trainer(TrainerProperties):
         train, datamodule = _loaders(train_dataloaders, datamodule)
         self.arguments.check_fit(module)
         self.reloads_train, self.reloads_val = train is None, val_dataloaders is None
-        self.fit_run = self.train_data = None
+        self.fit_run = self.train_data = self.before_validation = None
         with stages.running(self, TrainerFn.FITTING, module, datamodule, _path(ckpt_path)):
             fit = stages.prepare_fit(self, module, train, val_dataloaders)
             with torch.autograd.set_detect_anomaly(self.arguments.detect_anomaly):
                 run_fit(fit)
+            self.strategy.sync_buffers()
+            self.settle_saves()
             for hook in self.hooks.on_fit_end:
                 hook()
+            self.settle_saves()
 
     def validate(
         self,
@@ -255,11 +264,26 @@ class Trainer(TrainerProperties):
         self._connected = True
 
     def claim_run_folder(self) -> None:
-        """The first call that will write takes the next free `version_N`; all ranks know it."""
-        writes = bool(self.loggers or self.checkpoint_callbacks) and not self.arguments.fast_dev_run
-        if self.run_folder is None and writes:
-            folder = claim_version_folder(self.default_root_dir) if self.is_global_zero else ""
-            self.run_folder = self.strategy.broadcast_object(folder)
+        """The first call that will write takes the next free `version_N`; all ranks know it, and `fit` holds it."""
+        if not (self.loggers or self.checkpoint_callbacks) or self.arguments.fast_dev_run:
+            return
+        outcome: str | CheckpointError = ""
+        if self.is_global_zero:
+            try:
+                outcome = self.run_folder or claim_version_folder(self.default_root_dir)
+                self._folder_lock = FolderLock(outcome) if self.state.fn is TrainerFn.FITTING else None
+            except CheckpointError as error:
+                outcome = error
+        outcome = self.strategy.broadcast_object(outcome)
+        if isinstance(outcome, CheckpointError):
+            raise outcome
+        self.run_folder = outcome
+
+    def release_run_folder(self) -> None:
+        """The call has ended: another process may go on in its folder."""
+        if self._folder_lock is not None:
+            self._folder_lock.release()
+            self._folder_lock = None
 
     def set_callbacks(self, callbacks: list[Callback]) -> None:
         """Checkpoint callbacks go last, so that they save what the others changed."""
@@ -273,7 +297,10 @@ class Trainer(TrainerProperties):
         """A validation run of `fit`."""
         assert self.validation is not None
         before, self.state.stage = self.state.stage, RunningStage.VALIDATING
+        self.strategy.sync_buffers()
+        self.before_validation = BeforeValidation.now(self.validation.module)
         evaluate(self.validation)
+        self.before_validation = None
         self.state.stage = before
 
     def reduced_metrics(self) -> dict[str, Tensor]:
@@ -285,10 +312,18 @@ class Trainer(TrainerProperties):
         return self.callback_metrics
 
     def save_checkpoint(
-        self, filepath: str | os.PathLike[str], weights_only: bool = False, storage_options: Any = None
+        self,
+        filepath: str | os.PathLike[str],
+        weights_only: bool = False,
+        storage_options: Any = None,
+        *,
+        wait: bool = True,
+        follow_up: FollowUp | None = None,
     ) -> str:
         """Save the run's state on every rank's call; returns the path it got (a taken name gets `-v1`).
 
+        It is durable then; with `wait=False` it is copied to host memory and written while training goes on, and an
+        error is raised at a later boundary. `follow_up` says what is to be done once it is durable.
         Inside a window of micro-batches it is saved at the window's end, where a resumed run can go on.
         """
         if self.module is None:
@@ -296,7 +331,11 @@ class Trainer(TrainerProperties):
         if self.fit_run is not None and self.fit_run.inside_window:
             self.fit_run.asked_saves.append((os.fspath(filepath), weights_only))
             return os.fspath(filepath)
-        return save_checkpoint(self, filepath, weights_only)
+        return save_checkpoint(self, filepath, weights_only, wait, follow_up or FollowUp())
+
+    def settle_saves(self) -> None:
+        """Wait until what is being saved is durable, on every rank; raises the CheckpointError of a save that failed."""
+        self.saver.settle()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0, above the progress bar."""

@@ -25,7 +25,7 @@ import paceline as pl
 from paceline.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from paceline.trainer.rng import random_state
 
-SAMPLES = 34
+SAMPLES = 36
 
 
 class Noisy(Dataset[Any]):
@@ -51,6 +51,8 @@ class Classifier(pl.Module):
         self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 2))
         self.optimizers_of = optimizers
         self.seen: list[tuple[int, int, list[int]]] = []
+        self.windows: list[list[int]] = []
+        self._window: list[int] = []
 
     def loss(self, batch: Any) -> Tensor:
         inputs, targets, _ = batch
@@ -61,6 +63,12 @@ class Classifier(pl.Module):
         loss = self.loss(batch)
         self.log("train_loss", loss, on_step=True, on_epoch=True)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._window += batch[2].tolist()
+        if not self.trainer.fit_run.data.plan().locate(batch_idx + 1)[1] or self.trainer.is_last_batch:
+            self.windows.append(self._window)
+            self._window = []
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch) + 0.01 * torch.rand(()))
@@ -149,6 +157,7 @@ class Outcome:
     seen: list[tuple[int, int, list[int]]]
     points: list[dict[str, Any]]
     saved: list[str]
+    windows: list[list[int]]
 
 
 def run(
@@ -187,6 +196,7 @@ def run(
         seen=module.seen,
         points=read_points(trainer.log_dir),
         saved=[path for callback in callbacks if isinstance(callback, ModelCheckpoint) for path in _paths(callback)],
+        windows=module.windows,
     )
 
 
@@ -199,9 +209,9 @@ def every_save() -> tuple[Callback, ...]:
     )
 
 
-def saved_in(root: Path | str) -> list[str]:
+def saved_in(root: Path | str, version: str = "version_0") -> list[str]:
     """All checkpoints of the run in `root`."""
-    return sorted(str(path) for path in Path(root).glob("version_0/checkpoints/*.ckpt") if path.is_dir())
+    return sorted(str(path) for path in Path(root).glob(f"{version}/checkpoints/*.ckpt") if path.is_dir())
 
 
 def same(resumed: Outcome, whole: Outcome) -> None:
@@ -241,8 +251,9 @@ def _digests(trainer: pl.Trainer, module: pl.Module) -> dict[str, str]:
     if trainer.strategy.scaler is not None:
         states["scaler"] = trainer.strategy.scaler.state_dict()
     for callback in trainer.callbacks:
-        if not isinstance(callback, ModelCheckpoint) and "Logger" not in type(callback).__name__:
-            states[type(callback).__name__] = callback.state_dict()
+        own = not isinstance(callback, ModelCheckpoint) and "Logger" not in type(callback).__name__
+        if own and (state := callback.state_dict()):
+            states[type(callback).__name__] = state
     return {name: digest(state) for name, state in states.items()}
 
 

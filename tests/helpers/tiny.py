@@ -116,7 +116,10 @@ def global_batches(count: int, size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def by_hand(
-    batches: Iterable[tuple[Tensor, Tensor]], make_optimizer: Any = None, clip_norm: float = 0.0, clip_value: float = 0.0
+    batches: Iterable[tuple[Tensor, Tensor]],
+    make_optimizer: Any = None,
+    clip_norm: float = 0.0,
+    clip_value: float = 0.0,
 ) -> Regression:
     """`Regression` after one hand-written step for each of `batches`: what every strategy must arrive at."""
     module = Regression(make_optimizer)

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 import paceline as pl
+from paceline.errors import ConfigurationError
+
 from helpers.ranks import run_ranks
 from helpers.tiny import Numbers, Regression, Sums, loader, numbers, samples, tiny_trainer
-from paceline.errors import ConfigurationError
 
 
 class Sees(Sums):
@@ -75,7 +76,17 @@ def make_data(kind: str, count: int) -> Any:
     return kinds[kind]()
 
 
-KINDS = ("in order", "shuffled", "drop_last", "weighted", "batch sampler", "no batches", "iterable", "list", "two loaders")
+KINDS = (
+    "in order",
+    "shuffled",
+    "drop_last",
+    "weighted",
+    "batch sampler",
+    "no batches",
+    "iterable",
+    "list",
+    "two loaders",
+)
 
 
 def evaluate_all(counts: tuple[int, ...], strategy: str = "ddp") -> Any:
@@ -147,7 +158,7 @@ def test_batch_idx_counts_the_batches_of_all_ranks() -> None:
     assert [(index, batch_idx) for index, batch_idx, _ in module.batches] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
-# --- what predict returns -----------------------------------------------------------------------------------------------
+# --- what predict returns -------------------------------------------------------------------------------------------
 def predict_objects() -> Any:
     class Objects(Sums):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -176,7 +187,7 @@ def test_predict_step_is_forward_where_none_is_defined() -> None:
     assert not outputs[0].requires_grad
 
 
-# --- limits -------------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------------------------
 def limited(stage: str, limit: Any, count: int = 11) -> Any:
     trainer, module = tiny_trainer(strategy="ddp", **{f"limit_{stage}_batches": limit}), Sees()
     run = {"val": trainer.validate, "test": trainer.test, "predict": trainer.predict}[stage]
@@ -211,7 +222,7 @@ def test_an_iterable_is_limited_by_a_number_but_not_by_a_fraction() -> None:
         tiny_trainer(limit_val_batches=0.5).validate(module, make_data("iterable", 11), verbose=False)
 
 
-# --- inside fit -----------------------------------------------------------------------------------------------------------
+# --- inside fit -----------------------------------------------------------------------------------------------------
 class Notes(Sees):
     """When validation ran: the number of batches that were trained before it."""
 
@@ -285,7 +296,9 @@ def test_a_loader_that_ends_before_its_length_is_validated_at_its_end() -> None:
 
 
 def test_a_fraction_of_a_loader_without_length_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="val_check_interval=0.5 is a fraction, but the training loader has no"):
+    with pytest.raises(
+        ConfigurationError, match=r"val_check_interval=0\.5 is a fraction, but the training loader has no"
+    ):
         tiny_trainer(val_check_interval=0.5).fit(Notes(), make_data("iterable", 11), numbers(3))
 
 
@@ -340,7 +353,7 @@ def test_validation_goes_through_the_same_order_every_time() -> None:
     assert module.batches[:4] == module.batches[4:]
 
 
-# --- hooks around batches --------------------------------------------------------------------------------------------------
+# --- hooks around batches -------------------------------------------------------------------------------------------
 def test_on_validation_batch_end_gets_what_validation_step_returned() -> None:
     class Returns(Sums):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -382,7 +395,7 @@ def test_batch_idx_and_dataloader_idx_may_be_left_out_of_a_step(kind: type[pl.Mo
     assert [result[f"mean/dataloader_idx_{i}"] for i, result in enumerate(results)] == [1.0, 1.5]
 
 
-# --- calls that cannot be meant ------------------------------------------------------------------------------------------
+# --- calls that cannot be meant -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("call", "step"), [("validate", "validation_step"), ("test", "test_step")])
 def test_evaluating_a_module_without_the_step_says_which_to_define(call: str, step: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"Sums has no {step}, so {call}\(\).*Define {step}\(self, batch"):
@@ -406,7 +419,7 @@ def test_a_loader_that_cannot_be_iterated_is_named() -> None:
 
 
 def test_a_plain_torch_module_is_told_what_to_derive_from() -> None:
-    with pytest.raises(ConfigurationError, match="expected a subclass of paceline.Module"):
+    with pytest.raises(ConfigurationError, match=r"expected a subclass of paceline\.Module"):
         tiny_trainer().validate(torch.nn.Linear(1, 1), numbers(2))
 
 

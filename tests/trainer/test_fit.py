@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import paceline as pl
+from paceline.trainer.plan import permutation
+
 from helpers.tiny import (
     Regression,
     Sums,
@@ -29,7 +31,6 @@ from helpers.tiny import (
     tiny_trainer,
     weights,
 )
-from paceline.trainer.plan import permutation
 
 
 # --- the weights ----------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def test_buffers_change_as_in_a_hand_written_loop() -> None:
     assert_same(dict(module.state_dict()), dict(straight.state_dict()))
 
 
-# --- what training_step may look like ---------------------------------------------------------------------------------
+# --- what training_step may look like -------------------------------------------------------------------------------
 class Recorder(pl.Callback):
     """Keeps what `on_train_batch_end` got."""
 
@@ -149,7 +150,7 @@ def test_a_loss_of_one_element_counts_as_a_scalar() -> None:
     assert_same(module, by_hand(global_batches(6, 2)))
 
 
-# --- None skips a batch -----------------------------------------------------------------------------------------------
+# --- None skips a batch ---------------------------------------------------------------------------------------------
 class Skips(Regression):
     """Returns None for the batches named."""
 
@@ -187,7 +188,7 @@ def test_an_epoch_of_nothing_but_none_ends_without_a_step() -> None:
     assert (trainer.global_step, trainer.current_epoch) == (0, 2)
 
 
-# --- counters and state ------------------------------------------------------------------------------------------------
+# --- counters and state ---------------------------------------------------------------------------------------------
 class Watch(pl.Callback):
     """(global_step, current_epoch, is_last_batch, samples_seen) at the end of each batch."""
 
@@ -276,17 +277,20 @@ def test_an_exception_is_told_to_callbacks_and_goes_on_after_the_teardown() -> N
     assert trainer.state.finished
 
 
+READ_BY_USERS = (
+    "current_epoch global_step callback_metrics logged_metrics progress_bar_metrics logger loggers callbacks "
+    "checkpoint_callback early_stopping_callback is_global_zero global_rank local_rank node_rank world_size "
+    "strategy model datamodule lightning_module optimizers lr_scheduler_configs max_epochs max_steps min_epochs "
+    "min_steps num_training_batches num_val_batches num_sanity_val_batches num_test_batches num_predict_batches "
+    "train_dataloader val_dataloaders log_dir default_root_dir should_stop sanity_checking is_last_batch state "
+    "interrupted training validating testing predicting fast_dev_run precision num_devices num_nodes device_ids "
+    "ckpt_path limit_train_batches limit_val_batches val_check_interval check_val_every_n_epoch log_every_n_steps "
+    "gradient_clip_val gradient_clip_algorithm accumulate_grad_batches num_sanity_val_steps overfit_batches"
+)
+
+
 def test_what_user_code_reads_of_a_trainer_is_there_before_in_and_after_fit() -> None:
-    names = (
-        "current_epoch global_step callback_metrics logged_metrics progress_bar_metrics logger loggers callbacks "
-        "checkpoint_callback early_stopping_callback is_global_zero global_rank local_rank node_rank world_size strategy "
-        "model datamodule lightning_module optimizers lr_scheduler_configs max_epochs max_steps min_epochs min_steps "
-        "num_training_batches num_val_batches num_sanity_val_batches num_test_batches num_predict_batches "
-        "train_dataloader val_dataloaders log_dir default_root_dir should_stop sanity_checking is_last_batch state "
-        "interrupted training validating testing predicting fast_dev_run precision num_devices num_nodes device_ids "
-        "ckpt_path limit_train_batches limit_val_batches val_check_interval check_val_every_n_epoch log_every_n_steps "
-        "gradient_clip_val gradient_clip_algorithm accumulate_grad_batches num_sanity_val_steps overfit_batches"
-    ).split()
+    names = READ_BY_USERS.split()
 
     class Reads(Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -326,7 +330,7 @@ def test_reading_a_property_of_the_module_works_without_a_trainer() -> None:
         _ = module.trainer
 
 
-# --- the module in its place --------------------------------------------------------------------------------------------
+# --- the module in its place ----------------------------------------------------------------------------------------
 def test_layers_built_in_configure_model_are_trained() -> None:
     class BuiltLate(pl.Module):
         def configure_model(self) -> None:
@@ -417,7 +421,7 @@ def test_detect_anomaly_names_the_operation_that_made_a_nan() -> None:
     assert not torch.is_anomaly_enabled()
 
 
-# --- one trainer, several calls ------------------------------------------------------------------------------------------
+# --- one trainer, several calls -------------------------------------------------------------------------------------
 def test_one_trainer_fits_validates_tests_and_predicts() -> None:
     class All(Regression):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -479,7 +483,7 @@ def test_fit_works_in_a_side_thread() -> None:
     assert_same(module, by_hand(global_batches(6, 2)))
 
 
-# --- optimizers and schedulers ----------------------------------------------------------------------------------------
+# --- optimizers and schedulers --------------------------------------------------------------------------------------
 class Scheduled(Regression):
     """Its rate falls to a tenth each time the scheduler steps; `options` are the scheduler dict's."""
 
@@ -663,7 +667,7 @@ def test_own_zero_grad_and_backward_are_called_in_their_place() -> None:
     assert module.calls == ("zero_grad 0 0", "backward", "backward", "zero_grad 0 2", "backward")
 
 
-# --- manual optimization ------------------------------------------------------------------------------------------------
+# --- manual optimization --------------------------------------------------------------------------------------------
 class ByHand(Regression):
     def __init__(self) -> None:
         super().__init__()
@@ -726,7 +730,7 @@ def test_manual_backward_without_manual_optimization_says_what_to_set() -> None:
         tiny_trainer().fit(Wrong(), loader(2))
 
 
-# --- skipping the rest of an epoch ---------------------------------------------------------------------------------------
+# --- skipping the rest of an epoch ----------------------------------------------------------------------------------
 class StopsEpochs(pl.Callback):
     def __init__(self, at: int) -> None:
         self.at = at
@@ -749,7 +753,7 @@ def test_minus_one_from_on_train_batch_start_skips_the_rest_of_the_epoch_and_the
     assert trainer.current_epoch == 2
 
 
-# --- precision of the arithmetic in long windows --------------------------------------------------------------------------
+# --- precision of the arithmetic in long windows --------------------------------------------------------------------
 def test_the_loss_weight_of_a_module_makes_token_means_exact() -> None:
     """Batches with masks: the gradient is that of the mean over all tokens of the window."""
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import paceline as pl
+from paceline.errors import ConfigurationError
+
 from helpers.ranks import RanksFailed, run_ranks
 from helpers.tiny import Regression, Sums, global_batches, loader, numbers, tiny_trainer
-from paceline.errors import ConfigurationError
 
 
 class Points(pl.Callback):
@@ -53,7 +54,7 @@ def fit(module: pl.Module, data: Any, *callbacks: Any, val: Any = None, **argume
     return trainer
 
 
-# --- points -----------------------------------------------------------------------------------------------------------
+# --- points ---------------------------------------------------------------------------------------------------------
 def test_points_are_at_step_one_every_log_every_n_steps_and_the_end_of_each_epoch() -> None:
     points = Points()
     fit(Logs(), numbers(14), points, max_epochs=2, log_every_n_steps=3)  # 7 batches an epoch
@@ -132,7 +133,7 @@ def test_validation_carries_the_step_of_the_update_before_it() -> None:
     assert points.of("val") == {2: 1.0, 4: 1.0}
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------------------------
 def test_both_flags_make_a_step_and_an_epoch_name_and_the_bare_one_for_callbacks() -> None:
     points = Points()
     trainer = fit(Logs(on_step=True, on_epoch=True, prog_bar=True), numbers(5), points, log_every_n_steps=1)
@@ -281,7 +282,10 @@ def test_the_same_name_may_be_logged_in_two_hooks() -> None:
     ("call", "message"),
     [
         ({"name": "x", "value": 1.0, "on_step": False, "on_epoch": False}, "logs nothing. Set one of the two"),
-        ({"name": "x", "value": 1.0, "reduce_fx": "median"}, r"reduce_fx='median'\): use 'mean', 'sum', 'min' or 'max'"),
+        (
+            {"name": "x", "value": 1.0, "reduce_fx": "median"},
+            r"reduce_fx='median'\): use 'mean', 'sum', 'min' or 'max'",
+        ),
         ({"name": "x", "value": torch.ones(3)}, r"log\('x'\) got a tensor of shape \(3,\)"),
         ({"name": "x", "value": "high"}, r"log\('x'\) got 'high' \(str\)"),
         ({"name": "x", "value": None}, r"log\('x'\) got None \(NoneType\)"),
@@ -305,7 +309,7 @@ def test_logging_without_a_trainer_warns_and_does_nothing() -> None:
         Sums().log("x", 1.0)
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "value", [2, 2.0, True + 1, torch.tensor(2), torch.tensor([2.0]), torch.tensor([[2.0]], dtype=torch.float64)]
 )
@@ -382,7 +386,7 @@ def test_log_dict_logs_each_item_with_the_options() -> None:
     assert trainer.progress_bar_metrics == {"a": 1.0, "b": 2.0}
 
 
-# --- who holds what, and when -------------------------------------------------------------------------------------------
+# --- who holds what, and when ---------------------------------------------------------------------------------------
 def test_logger_false_keeps_a_name_from_the_loggers_and_prog_bar_puts_it_into_the_bar() -> None:
     class Three(Sums):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -427,7 +431,8 @@ def test_an_epoch_metric_is_there_from_the_end_of_its_epoch_on() -> None:
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("val", float(batch_idx))
 
-    reads = Reads("on_train_batch_end", "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end")  # fmt: skip
+    hooks = ("validation_batch_end", "validation_epoch_end", "validation_end", "train_batch_end", "train_epoch_end")
+    reads = Reads(*(f"on_{hook}" for hook in hooks))
     module = Validates(on_step=False, on_epoch=True)
     fit(module, numbers(4), reads, val=numbers(4), num_sanity_val_steps=0, max_epochs=1)
     assert reads.seen == [
@@ -471,7 +476,8 @@ def test_step_metrics_are_kept_apart_from_those_of_the_validation_between_them()
             self.log("val", 1.0)
 
     points = Points()
-    trainer = fit(Validates(on_step=True, on_epoch=True), numbers(8), points, val=numbers(6), val_check_interval=1, log_every_n_steps=1)  # fmt: skip
+    module = Validates(on_step=True, on_epoch=True)
+    trainer = fit(module, numbers(8), points, val=numbers(6), val_check_interval=1, log_every_n_steps=1)
     assert points.of("x_step") == {1: 0, 2: 2, 3: 4, 4: 6}
     assert trainer.callback_metrics["x_epoch"] == 3
 
@@ -537,7 +543,7 @@ def test_metrics_of_one_call_do_not_reach_the_next() -> None:
     assert trainer.callback_metrics["x"] == 1
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------------------------
 class EvaluatesNumbers(Sums):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("mean", batch.float().mean())
@@ -591,7 +597,7 @@ def test_results_are_floats_of_what_was_logged_for_the_epoch() -> None:
     assert all(type(value) is float for value in results[0].values())
 
 
-# --- torchmetrics -----------------------------------------------------------------------------------------------------
+# --- torchmetrics ---------------------------------------------------------------------------------------------------
 class WithMetrics(Sums):
     """Logs metric objects; targets are 1, predictions 1 where the number is even."""
 
@@ -695,7 +701,7 @@ def test_the_sanity_check_leaves_metric_objects_as_they_were() -> None:
     assert points.of("val_acc") == {1: pytest.approx(1 / 2)}
 
 
-# --- batch sizes ------------------------------------------------------------------------------------------------------
+# --- batch sizes ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -716,7 +722,7 @@ def test_the_batch_size_is_found_in_any_usual_batch(wrap: Any) -> None:
     assert results == {"x": 0.25}
 
 
-# --- several ranks ------------------------------------------------------------------------------------------------------
+# --- several ranks --------------------------------------------------------------------------------------------------
 class DifferentNames(Sums):
     """What each rank logs, and when, is told by its rank."""
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 import paceline as pl
+from paceline.callbacks import Callback
+from paceline.errors import ConfigurationError
+
 from helpers.ranks import run_ranks
 from helpers.resumable import CASES, Outcome, every_save, run, same, saved_in
-from paceline.callbacks import Callback
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -32,3 +34,106 @@ def test_it_resumes_from_every_update_validation_and_epoch_end(case: str, tmp_pa
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     with_saves = run("adam_plateau_accumulated", tmp_path / "a", callbacks=every_save())
     same(run("adam_plateau_accumulated", tmp_path / "b"), with_saves)
+
+
+class Asks(Callback):
+    """Saves wherever user code may ask for it: inside windows of micro-batches and inside validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"t{trainer.progress.total_batches}.ckpt")
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        if not trainer.sanity_checking and index == 1:
+            trainer.save_checkpoint(self.folder / f"v{trainer.global_step}.ckpt")
+
+
+def test_it_resumes_from_saves_asked_for_inside_windows_and_validation(tmp_path: Path) -> None:
+    case = "adam_plateau_accumulated"
+    whole = run(case, tmp_path / "whole", callbacks=(Asks(tmp_path / "asked"),))
+    paths = sorted(map(str, (tmp_path / "asked").iterdir()))
+    assert len(paths) > 30
+    for path in paths:
+        same(run(case, tmp_path / Path(path).name, path), whole)
+
+
+def test_it_resumes_with_workers(tmp_path: Path) -> None:
+    whole = run("adam_plateau_accumulated", tmp_path / "whole", workers=2, callbacks=every_save())
+    for name in ("epoch=0-step=2", "epoch=1-step=7"):
+        path = str(tmp_path / f"whole/version_0/checkpoints/{name}.ckpt")
+        same(run("adam_plateau_accumulated", tmp_path / name, path, workers=2), whole)
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------------
+def on_ranks(ranks: int, case: str, root: Path, *, saves: bool = False, **options: Any) -> list[Outcome]:
+    """`run` on `ranks` ranks, one after the other from each of its checkpoints if `saves`."""
+    return list(run_ranks(_saving if saves else run, ranks, case, root, ranks=ranks, **options, timeout_seconds=150))
+
+
+def _saving(case: str, root: Path, **options: Any) -> Outcome:
+    return run(case, root, callbacks=every_save(), **options)
+
+
+def _resume_all(case: str, root: Path, paths: list[str], **options: Any) -> list[Outcome]:
+    return [run(case, root / Path(path).name, path, **options) for path in paths]
+
+
+def _check_on_ranks(case: str, tmp_path: Path, ranks: int, every: int, **options: Any) -> None:
+    whole = on_ranks(ranks, case, tmp_path / "whole", saves=True, **options)
+    paths = saved_in(tmp_path / "whole")[::every]
+    outcomes = run_ranks(_resume_all, ranks, case, tmp_path, paths, ranks=ranks, **options, timeout_seconds=150)
+    for resumed, uncut in zip(outcomes, whole, strict=True):
+        assert len(resumed) == len(paths) > 1
+        for outcome in resumed:
+            same(outcome, uncut)
+
+
+@pytest.mark.parametrize(("ranks", "case"), [(2, "sgd_momentum_by_step"), (3, "adam_plateau_accumulated")])
+def test_it_resumes_on_several_ranks(ranks: int, case: str, tmp_path: Path) -> None:
+    _check_on_ranks(case, tmp_path, ranks, every=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_it_resumes_on_several_ranks_from_everywhere(case: str, ranks: int, workers: int, tmp_path: Path) -> None:
+    _check_on_ranks(case, tmp_path, ranks, every=3 if workers else 1, workers=workers)
+
+
+def _global_batches(outcomes: list[Outcome], steps: int) -> list[list[int]]:
+    """The samples of each global batch, from what the ranks read; a ghost's repetition is left out."""
+    per_step: list[list[int]] = [[] for _ in range(steps)]
+    for outcome in outcomes:
+        assert len(outcome.windows) == steps
+        for step, window in enumerate(outcome.windows):
+            per_step[step] += window
+    return [sorted(set(step)) for step in per_step]
+
+
+def test_another_number_of_ranks_trains_the_same_samples_in_the_same_global_batches(tmp_path: Path) -> None:
+    options = {"global_batch_size": 12, "batch_size": 3}
+    whole = on_ranks(2, "sgd_momentum_by_step", tmp_path / "whole", saves=True, **options)
+    path = str(tmp_path / "whole/version_0/checkpoints/epoch=1-step=4.ckpt")
+    expected = _global_batches(whole, 9)[4:]
+    for ranks in (1, 3, 4):
+        resumed = on_ranks(ranks, "sgd_momentum_by_step", tmp_path / str(ranks), ckpt_path=path, **options)
+        assert _global_batches(resumed, 5) == expected
+        assert [outcome.step for outcome in resumed] == [9] * ranks
+
+
+def test_the_global_batch_is_kept_where_batch_size_and_ranks_made_it(tmp_path: Path) -> None:
+    whole = on_ranks(2, "sgd_momentum_by_step", tmp_path / "whole", saves=True)
+    path = str(tmp_path / "whole/version_0/checkpoints/epoch=0-step=3.ckpt")
+    resumed = run("sgd_momentum_by_step", tmp_path / "one", path)
+    assert _global_batches([resumed], 12) == _global_batches(whole, 15)[3:]
+
+
+def test_arguments_that_ask_for_another_global_batch_are_refused(tmp_path: Path) -> None:
+    run("sgd_momentum_by_step", tmp_path / "whole", callbacks=every_save(), max_epochs=1)
+    path = str(tmp_path / "whole/version_0/checkpoints/epoch=0-step=3.ckpt")
+    for arguments in ({"global_batch_size": 8}, {"batch_size": 8}, {"accumulate_grad_batches": 2}):
+        with pytest.raises(ConfigurationError, match="global batch of 4, the arguments now ask for 8"):
+            run("sgd_momentum_by_step", tmp_path / "other", path, **arguments)

@@ -2,9 +2,54 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
+from ...errors import CheckpointError
 from .storage import Disk, storage_of
 
 _PREFIX = "version_"
+_LOCK = ".in-use"
+
+
+class FolderLock:
+    """Holds a run's folder on a disk while the run lives; CheckpointError if another living run does.
+
+    A POSIX record lock: the kernel gives it up with the process, and a data worker that outlives it does not keep it.
+    Where there are no such locks, and on object stores, nothing is held.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._descriptor = -1
+        storage, place = storage_of(folder)
+        if not isinstance(storage, Disk):
+            return
+        try:
+            import fcntl
+        except ImportError:
+            return
+        storage.make_folder(place)
+        self._descriptor = os.open(storage.join(place, _LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            self.release()
+            raise CheckpointError(
+                f"{place} is in use by a run that is alive ({holder}). Wait for its end or stop it, or start this run "
+                "in a folder of its own: without ckpt_path='auto', or with another default_root_dir."
+            ) from None
+        except OSError:  # a file system without locks
+            self.release()
+            return
+        os.truncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give it up; twice is harmless."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def claim_version_folder(root: str) -> str:

@@ -17,20 +17,25 @@ from ..rng import random_state, restore_random_state
 from ..state import Progress
 from .load import load
 from .optimizer import load_optimizer_state_by_name, optimizer_state_by_name
-from .save import save
+from .save import Prepared, prepare
+from .saver import FollowUp
 
 if TYPE_CHECKING:
+    from ..module import Module
     from ..trainer import Trainer
 
 
-def save_checkpoint(trainer: Trainer, path: str | os.PathLike[str], weights_only: bool = False) -> str:
-    """Write a checkpoint on rank 0 and return, on every rank, the path it got; CheckpointError on every rank."""
+def save_checkpoint(
+    trainer: Trainer, path: str | os.PathLike[str], weights_only: bool, wait: bool, follow_up: FollowUp
+) -> str:
+    """Save on rank 0; CheckpointError on every rank. Returns the path that it got, or without `wait` is to get."""
+    trainer.saver.settle()
     checkpoint = collect(trainer, weights_only)
-    outcome: str | CheckpointError = ""
+    prepared: Prepared | None = None
+    refusal: CheckpointError | None = None
     if trainer.is_global_zero:
         try:
-            outcome = save(
-                path,
+            prepared = prepare(
                 model=checkpoint.pop("state_dict"),
                 optimizer=checkpoint.pop("optimizer_states", None),
                 state=checkpoint,
@@ -41,11 +46,13 @@ def save_checkpoint(trainer: Trainer, path: str | os.PathLike[str], weights_only
                 },
             )
         except CheckpointError as error:
-            outcome = error
-    outcome = trainer.strategy.broadcast_object(outcome)
-    if isinstance(outcome, CheckpointError):
-        raise outcome
-    return outcome
+            refusal = error
+    refusal = trainer.strategy.broadcast_object(refusal)
+    if refusal is not None:
+        raise refusal
+    trainer.saver.start(os.fspath(path), prepared, follow_up, wait)
+    outcome = trainer.saver.settle() if wait else None
+    return os.fspath(path) if outcome is None else outcome.path
 
 
 def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
@@ -71,11 +78,10 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["callbacks"] = {
             callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())
         }
-        of_rank = {"random": random_state(), "metrics": trainer.metrics.state_dict(module)}
         checkpoint["paceline"] = {
             "seed": trainer.seed,
             "data": trainer.train_data.facts() if trainer.train_data is not None else None,
-            "ranks": strategy.all_gather_object(of_rank),
+            "ranks": strategy.all_gather_object(_of_rank(trainer)),
             "scaler": strategy.scaler.state_dict() if strategy.scaler is not None else None,
         }
         if trainer.datamodule is not None:
@@ -87,6 +93,31 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             callback.on_save_checkpoint(trainer, module, checkpoint)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+@dataclasses.dataclass
+class BeforeValidation:
+    """What a save inside a validation needs of the moment before it, where a resumed run begins it again."""
+
+    random: dict[str, Any]
+    idle_metrics: list[str]
+
+    @staticmethod
+    def now(module: Module) -> BeforeValidation:
+        """The random streams, and the metric objects that nobody has fed: those of validation."""
+        idle = [path for path, metric in module.named_modules() if getattr(metric, "_update_count", 1) == 0]
+        return BeforeValidation(random_state(), idle)
+
+
+def _of_rank(trainer: Trainer) -> dict[str, Any]:
+    """What every rank has of its own."""
+    state = {"random": random_state(), "metrics": trainer.metrics.state_dict(trainer.lightning_module)}
+    before = trainer.before_validation
+    if before is not None and trainer.progress.due[:1] == ["validation"]:
+        state["random"] = before.random
+        for path in before.idle_metrics:
+            state["metrics"]["metric_objects"].pop(path, None)
+    return state
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -48,18 +49,37 @@ def save(
     `epoch`. A part larger than `file_bytes` is cut into numbered files. Raises CheckpointError, after which nothing
     counts that did not count before.
     """
-    storage, wanted = storage_of(path)
+    return write(path, prepare(model=model, optimizer=optimizer, state=state, meta=meta), file_bytes)
+
+
+@dataclass
+class Prepared:
+    """What is to be written: plain values taken apart and copied, tensors (by part) still those of the caller."""
+
+    parts: dict[str, list[Piece]]
+    aliases: dict[str, dict[str, str]]
+    trees: dict[str, Any]
+    meta: dict[str, Any]
+
+
+def prepare(*, model: Mapping[str, Any], optimizer: Any = None, state: Any = None, meta: Mapping[str, Any]) -> Prepared:
+    """The first half of `save`: raises CheckpointError for what cannot be stored. Nothing is written or copied."""
     parts, aliases, trees = _take_apart(model, optimizer, state)
-    files = {part: into_files(part, pieces, file_bytes, 0, 1) for part, pieces in parts.items() if pieces}
-    index = index_record(files, aliases, 0, 1)
+    return Prepared(parts, aliases, trees, encode_meta(meta))
+
+
+def write(path: str | os.PathLike[str], prepared: Prepared, file_bytes: int = FILE_BYTES) -> str:
+    """The second half of `save`, in any thread."""
+    storage, wanted = storage_of(path)
+    files = {part: into_files(part, pieces, file_bytes, 0, 1) for part, pieces in prepared.parts.items() if pieces}
+    index = index_record(files, prepared.aliases, 0, 1)
     merge([(INDEX, index)])  # proves the cover
-    encoded_meta = encode_meta(meta)
     with _errors_named(wanted), Draft(storage, wanted) as draft:
         records = {INDEX: draft.claim(INDEX, write_json(index, INDEX))}
-        records[TREES] = write_blocks(storage, draft.path(TREES), [memoryview(write_json(trees, TREES))])
+        records[TREES] = write_blocks(storage, draft.path(TREES), [memoryview(write_json(prepared.trees, TREES))])
         for name, pieces in itertools.chain.from_iterable(part.items() for part in files.values()):
             records[name] = write_blocks(storage, draft.path(name), file_buffers(pieces))
-        return draft.commit(manifest_bytes(encoded_meta, [INDEX], records))
+        return draft.commit(manifest_bytes(prepared.meta, [INDEX], records))
 
 
 def remove(path: str | os.PathLike[str]) -> None:

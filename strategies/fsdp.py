@@ -1,0 +1,321 @@
+"""`FSDP`: parameters, gradients and optimizer states are split over the ranks; layers are gathered as they are used.
+
+Built on torch's FSDP2 (`fully_shard`). `place` shards the module, so `configure_optimizers` already sees shards;
+`sharding.py` says how, `blocks.py` which layers go together, `initialise.py` how a model from the meta device gets its
+values. Surprising: gradients are summed over the ranks, not averaged, which is why `gradient_divisor` is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigurationError
+from .base import Strategy, register_strategy
+from .blocks import described, find_blocks, named_blocks, without_shared
+from .cluster import Cluster
+from .precision import Precision
+from .steps import Steps
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@register_strategy("fsdp")
+class FSDP(Strategy):
+    """Fully sharded data parallel over all ranks.
+
+    `blocks`: the layers to shard one by one, as classes, class names or paths; by default the layers that the model
+    repeats. A module with `parallelize(mesh)` shards its parts itself; what it leaves is sharded here.
+    `reshard_after_forward`: free a gathered block after its forward pass and gather it again in the backward pass
+    (True, the default), keep it (False: faster, more memory), or share it among so many ranks (an int).
+    `forward_prefetch`: how many blocks ahead are gathered early. `cpu_offload`: shards live in host memory.
+    `activation_checkpointing`: a block keeps only its inputs and computes again in the backward pass.
+    `sync_every_micro_batch`: False saves communication within a window of several micro-batches and costs every rank
+    the memory of the whole model's gradients.
+    """
+
+    distributed = True
+    sharded = True
+    evaluation_communicates = True
+
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[type[nn.Module] | str] | None = None,
+        reshard_after_forward: bool | int | None = None,
+        forward_prefetch: int = 0,
+        cpu_offload: bool = False,
+        activation_checkpointing: bool = False,
+        sync_every_micro_batch: bool = True,
+    ) -> None:
+        super().__init__()
+        self.blocks = [blocks] if isinstance(blocks, (str, type)) else blocks
+        self.reshard_after_forward = reshard_after_forward
+        self.forward_prefetch = forward_prefetch
+        self.cpu_offload = cpu_offload
+        self.activation_checkpointing = activation_checkpointing
+        self.sync_every_micro_batch = sync_every_micro_batch
+        self._mesh: DeviceMesh | None = None
+        self._roots: list[nn.Module] = []
+        self._unreduced = False
+
+    # --- ranks ---------------------------------------------------------------------------------------------------
+    @property
+    def gradient_divisor(self) -> int:
+        """1: gradients are summed, and a loss carries its whole share of the window."""
+        return 1
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The ranks over which parameters are sharded; the first use is a collective."""
+        if self._mesh is None:
+            self._mesh = self._make_mesh()
+        return self._mesh
+
+    def _make_mesh(self) -> DeviceMesh:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
+
+    def take_place(self, device: torch.device, cluster: Cluster | None) -> None:
+        """As the base class does; one rank alone has nothing to shard."""
+        super().take_place(device, cluster)
+        self.sharded = self.evaluation_communicates = self.world_size > 1
+
+    def disconnect(self) -> None:
+        """Leave the job."""
+        self._mesh, self._roots = None, []
+        super().disconnect()
+
+    # --- the module ----------------------------------------------------------------------------------------------
+    def building(self) -> AbstractContextManager[Any]:
+        """`configure_model` builds on the meta device: `place` gives each rank its shards and their values."""
+        return torch.device("meta") if self.sharded else nullcontext()
+
+    def place(self, module: nn.Module, precision: Precision) -> None:
+        """Shard the module; one that is sharded already, by an earlier call, stays as it is."""
+        if not self.sharded:
+            super().place(module, precision)
+            return
+        from . import sharding
+
+        self.module, self.precision = module, precision
+        self.scaler = torch.amp.GradScaler(self.device.type) if precision.scaled else None
+        held = module.__dict__.get("_sharded_roots")
+        if held is not None:
+            self._roots, before = held
+            if before != precision.name:
+                raise ConfigurationError(
+                    f"The module was sharded with precision={before!r}, now it is {precision.name!r}. Use {before!r}, "
+                    "or a new module and the weights of a checkpoint."
+                )
+            return
+        _check(module, self)
+        meta = sharding.is_meta(module)
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        dtypes = {name: tensor.dtype for name, tensor in named}
+        module.to(dtype=precision.parameters)
+        by_hand = not getattr(module, "automatic_optimization", True)
+        self._roots = _children_with_parameters(module) if by_hand else [Steps(module)]
+        blocks = self._find_blocks(module)
+        sharding.shard(self._roots, [block for block in blocks if block not in self._roots], self._options())
+        if meta:
+            from .initialise import initialise
+
+            device = torch.device("cpu") if self.cpu_offload else self.device
+            torch.set_rng_state(self.broadcast_object(torch.get_rng_state()))
+            initialise(module, device, dtypes)
+        if self.rank == 0:
+            print(self._told(module, blocks, meta), flush=True)
+        module.__dict__["_sharded_roots"] = self._roots, precision.name
+
+    def _options(self) -> Any:
+        from .sharding import Sharding
+
+        return Sharding(
+            mesh=self.mesh,
+            device=self.device,
+            precision=self.precision,
+            reshard_after_forward=self.reshard_after_forward,
+            forward_prefetch=self.forward_prefetch,
+            cpu_offload=self.cpu_offload,
+            activation_checkpointing=self.activation_checkpointing,
+        )
+
+    def _find_blocks(self, module: nn.Module) -> list[nn.Module]:
+        from .sharding import fsdp_modules, move_and_agree
+
+        parallelize = getattr(module, "parallelize", None)
+        if callable(parallelize):
+            move_and_agree(module, self.device)
+            parallelize(self.mesh)
+            return [part for part in module.modules() if part in set(fsdp_modules(module))]
+        found = find_blocks(module) if self.blocks is None else named_blocks(module, self.blocks)
+        kept, left = without_shared(module, found)
+        if left and self.rank == 0:
+            print(
+                f"{self.name}: {', '.join(left)} share parameters with other parts of the model, so they are gathered "
+                "with the rest of it.",
+                flush=True,
+            )
+        return kept
+
+    def _told(self, module: nn.Module, blocks: list[nn.Module], meta: bool) -> str:
+        """One line: what was sharded, and what it cost to build."""
+        count = sum(p.numel() for p in module.parameters())
+        text = f"{self.name}: {count:,} parameters over {'x'.join(map(str, self.mesh.shape))} ranks in "
+        if blocks:
+            text += f"{described(module, blocks)} and the rest"
+        else:
+            text += (
+                "one block, since no layers repeat: all of it is gathered at once. Name layers with "
+                f"{self.name}(blocks=[...]) to save memory"
+            )
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        if not meta and size > 1e8:
+            text += f"; every rank built all {size / 1e9:.1f} GB of it first, build it in configure_model to avoid that"
+        return text
+
+    def wrap(self) -> None:
+        """Nothing: `place` did it, and what is trainable is looked up at each step."""
+
+    def training_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step` inside the root's forward, which gathers what the blocks do not."""
+        return self._rooted(self._in_precision(step))
+
+    def evaluation_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """As in training; afterwards all parameters are shards again, since no backward pass makes them so."""
+        if not self.sharded:
+            return super().evaluation_step(step)
+        from .sharding import reshard
+
+        inner = self._rooted(self._in_precision(step))
+
+        def run(*args: Any) -> Any:
+            output = inner(*args)
+            reshard(self._roots)
+            return output
+
+        return run
+
+    def sync_buffers(self) -> None:
+        """Buffers are whole on every rank: all get those of rank 0."""
+        if self.sharded and self.module is not None:
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def _rooted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        if not self.sharded or not isinstance(root := self._roots[0], Steps):
+            return step
+        running = [
+            buffer
+            for part in root.modules()
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats
+            for buffer in part.buffers(recurse=False)
+        ]
+
+        def run(*args: Any) -> Any:
+            for buffer in running:  # as DDP does: all ranks go on from rank 0's statistics
+                dist.broadcast(buffer, 0)
+            return root(step, *args)
+
+        return run
+
+    # --- gradients and steps -------------------------------------------------------------------------------------
+    def sync_gradients(self, enabled: bool) -> None:
+        """Keep gradients back within a window, where `sync_every_micro_batch=False` asked for it."""
+        if self.sync_every_micro_batch or not self.sharded:
+            return
+        from .sharding import fsdp_modules
+
+        self._unreduced = not enabled
+        for root in self._roots:
+            for part in fsdp_modules(root):
+                part.set_requires_gradient_sync(enabled, recurse=False)
+
+    def drop_window(self) -> None:
+        """Forget the gradients of a window that is given up."""
+        if self._unreduced:
+            from .sharding import forget_unreduced
+
+            forget_unreduced(self._roots)
+        super().drop_window()
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Nothing: each backward pass of a sharded module ends with the gradients reduced."""
+
+    @torch.no_grad()
+    def clip_gradients(self, parameters: list[nn.Parameter], value: float, algorithm: str = "norm") -> Tensor | None:
+        """Clip shards by the norm of the whole gradients, or each by value."""
+        if not self.sharded:
+            return super().clip_gradients(parameters, value, algorithm)
+        from .sharding import local, whole
+
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if algorithm == "value":
+            parts = [local(grad) for grad in grads]
+            torch._foreach_clamp_min_(parts, -value)
+            torch._foreach_clamp_max_(parts, value)
+            return None
+        norm = whole(nn.utils.get_total_norm(grads))
+        nn.utils.clip_grads_with_norm_(parameters, value, norm)
+        return norm
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse what cannot work on shards; ConfigurationError."""
+        if not self.sharded:
+            return
+        assert self.module is not None
+        kind = type(optimizer).__name__
+        if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+            raise ConfigurationError(
+                f"{kind} cannot be used with {self.name}: its state is no tensor of a parameter's shape, so it cannot "
+                "be sharded. Use Adam, AdamW or SGD, or strategy='ddp'."
+            )
+        known = {id(p) for p in self.module.parameters()}
+        if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+            raise ConfigurationError(
+                f"{kind} holds parameters that the module no longer has: {self.name} replaced them by shards. Make the "
+                "optimizer in configure_optimizers, from self.parameters()."
+            )
+        if self.cpu_offload and any(group.get("fused") for group in optimizer.param_groups):
+            raise ConfigurationError(f"cpu_offload=True keeps shards in host memory. Use {kind} without fused=True.")
+
+
+def _check(module: nn.Module, strategy: Strategy) -> None:
+    count = sum(p.numel() for p in module.parameters())
+    if not any(True for _ in module.parameters()):
+        raise ConfigurationError(
+            f"{type(module).__name__} has no parameters, so {strategy.name} has nothing to shard. Build its layers in "
+            "__init__ or configure_model, or use strategy='ddp'."
+        )
+    if count < strategy.world_size:
+        raise ConfigurationError(
+            f"{type(module).__name__} has {count} parameter(s), fewer than the {strategy.world_size} ranks, so "
+            f"{strategy.name} cannot give each a share. Use strategy='ddp'."
+        )
+
+
+def _children_with_parameters(module: nn.Module) -> list[nn.Module]:
+    """The groups of manual optimization: each child, or each child of a list of them; ConfigurationError."""
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if own:
+        raise ConfigurationError(
+            f"{type(module).__name__} has parameters of its own ({', '.join(own)}), which no child's forward gathers: "
+            "with manual optimization (automatic_optimization = False) every child is sharded for itself. Put them "
+            "into a child with a forward, or use strategy='ddp'."
+        )
+    found: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found += _children_with_parameters(child)
+        elif any(True for _ in child.parameters()):
+            found.append(child)
+    return found

@@ -1,0 +1,160 @@
+"""Models built in `configure_model` under FSDP: on the meta device, with the values that one process would have drawn."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paceline as pl
+from helpers.ranks import RanksFailed, run_ranks
+from helpers.sharded import WIDTH, Layered, batches, full_weights, strategy_of
+from helpers.tiny import assert_same, tiny_trainer
+
+
+class Late(Layered):
+    """Built in `configure_model`; notes where, and what a rank held at most."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(late=True, **options)
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "first"):
+            super().configure_model()
+            self.built_on = {p.device.type for p in self.parameters()}
+
+
+class Attending(Late):
+    """With torch's own attention, which initialises parameters of its children too, BatchNorm and buffers."""
+
+    def build(self) -> None:
+        super().build()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))[:, None]
+        x = self.attention(x, x, x)[0][:, 0]
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x).mean(-1)
+
+
+class Initialised(Late):
+    """The model's own `init_weights`, applied at the end of the construction; parameters without a module."""
+
+    def build(self) -> None:
+        super().build()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.apply(self.init_weights)
+
+    def init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, Initialised):
+            nn.init.normal_(module.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * self.scale
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x).mean(-1)
+
+
+class OwnReset(Late):
+    """A parameter of the module's own, with `reset_parameters`."""
+
+    def build(self) -> None:
+        super().build()
+        self.scale = nn.Parameter(torch.empty(WIDTH))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.scale)
+
+
+class Forgotten(Late):
+    def build(self) -> None:
+        super().build()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+
+class ForgottenBuffer(Late):
+    def build(self) -> None:
+        super().build()
+        self.blocks[1].register_buffer("mask", torch.ones(3))
+
+
+class NotesStart(pl.Callback):
+    """Keeps the weights that training began with."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.weights = full_weights(pl_module)
+        self.buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
+        self.after = torch.rand(3)
+
+
+def fit_late(kind: type[Late], options: dict[str, Any], strategy: str | None, **trainer: Any) -> Any:
+    pl.seed_everything(3, verbose=False)
+    notes, module = NotesStart(), kind(sgd=True, **options)  # Adam makes large steps of small differences
+    torch.manual_seed(5)  # Layered seeds in its constructor
+    fitter = tiny_trainer(strategy=strategy_of(strategy, {}), callbacks=notes, global_batch_size=12, **trainer)
+    fitter.fit(module, batches(24, 12 if strategy is None else 2))
+    return notes.weights, full_weights(module), notes.buffers, notes.after, module.built_on
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Late, {}), (Late, {"tied": True}), (Late, {"frozen": ["first"]}), (Attending, {}), (Initialised, {}), (OwnReset, {})],
+)
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp", 2), ("fsdp", 3), ("hsdp", 2)])
+def test_a_model_built_late_starts_as_on_one_process(
+    strategy: str, ranks: int, kind: type[Late], options: dict[str, Any]
+) -> None:
+    start, end, buffers, after, built_on = fit_late(kind, options, None)
+    assert built_on == {"cpu"}
+    for found_start, found_end, found_buffers, found_after, found_on in run_ranks(
+        fit_late, ranks, kind, options, strategy
+    ):
+        assert found_on == {"meta"}
+        assert_same(found_start, start)
+        assert_same(found_buffers, buffers)
+        assert torch.equal(found_after, after), "the random stream goes on from another place"
+        if kind is not Attending:  # BatchNorm sees micro-batches
+            assert_same(found_end, end, 1e-6)
+
+
+def test_a_model_built_late_in_bfloat16_is_the_float_one_rounded() -> None:
+    (start, *_), (found, *_) = fit_late(Late, {}, None, precision="bf16-true"), run_ranks(
+        fit_late, 2, Late, {}, "fsdp", precision="bf16-true"
+    )[0]
+    assert_same(found, start)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Forgotten, "'scale' was built on the meta device and nothing initialises it. Define reset_parameters() in Forgo"),
+        (ForgottenBuffer, "'blocks.1.mask' was built on the meta device"),
+    ],
+)
+def test_what_nobody_initialises_is_an_error_that_names_it(kind: type[Late], message: str) -> None:
+    with pytest.raises(RanksFailed, match=re.escape(message)):
+        run_ranks(fit_late, 2, kind, {}, "fsdp")
+
+
+def largest_allocation() -> int:
+    """The most numbers in one parameter or buffer that a rank holds after construction."""
+    module = Late()
+    trainer = tiny_trainer(strategy="fsdp", max_steps=1)
+    trainer.fit(module, batches(8, 2))
+    return sum(p.to_local().numel() for p in module.parameters())
+
+
+def test_each_rank_holds_its_share() -> None:
+    shares = run_ranks(largest_allocation, 3)
+    assert sum(shares) == 559
+    assert max(shares) < 559 / 2
