@@ -1,7 +1,7 @@
 """How much a step of training costs over a hand-written loop: `python benchmarks/overhead.py`, or `make bench`.
 
 One tiny model is trained by a hand-written loop and by Paceline, each in a fresh process with one thread and a
-terminal to draw on. The processes take turns, one block of 100 steps each (A B A B ...), so that a machine whose speed
+terminal to draw on. The processes take turns, one block of 500 steps each (A B A B ...), so that a machine whose speed
 drifts is as slow for one as for the other; a round's figure is the median over its blocks, the table's that over the
 rounds. On a busy machine trust the CPU time. `--rivals lightning accelerate` adds others, run by `--python` where they
 are installed elsewhere; each is compared with the hand-written loop in the same interpreter.
@@ -36,9 +36,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 BATCH_SIZE = 32
-BLOCK = 100
+BLOCK = 500
 WARM_UP = 1000
-COUNTED = 4  # steps whose Python calls are counted, after the timed ones
+COUNTED = range(8, 16)  # after the timed steps: those whose Python calls are counted
 NO_EXTRAS = {
     "enable_progress_bar": False,
     "logger": False,
@@ -79,17 +79,17 @@ class Clock:
         self._step += 1
         if step % BLOCK == 0 and WARM_UP <= step <= self.stop:
             self._end_block(step)
-        elif step == self.stop + COUNTED:
+        elif step == self.stop + COUNTED.start:
+            sys.setprofile(self._count)
+        elif step == self.stop + COUNTED.stop:
             sys.setprofile(None)
-            self._report(self._calls / COUNTED)
+            self._report(self._calls / len(COUNTED))
 
     def _end_block(self, step: int) -> None:
         now = (time.perf_counter(), time.process_time())
         self._report(*((end - begin) / BLOCK * 1e6 for begin, end in zip(self._began, now, strict=True)))
         os.read(self._turns, 1)
         self._began = (time.perf_counter(), time.process_time())
-        if step == self.stop:
-            sys.setprofile(self._count)
 
     def _report(self, *figures: float) -> None:
         os.write(self._reports, (json.dumps(figures) + "\n").encode())
@@ -107,7 +107,7 @@ def adam(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def batches(clock: Clock) -> DataLoader[Any]:
-    samples = BATCH_SIZE * (clock.stop + 2 * COUNTED)
+    samples = BATCH_SIZE * (clock.stop + 2 * COUNTED.stop)
     data = TensorDataset(torch.randn(samples, 32), torch.randint(0, 10, (samples,)))
     return DataLoader(data, BATCH_SIZE, shuffle=True)
 
@@ -262,12 +262,12 @@ class Fresh:
 
 @dataclass
 class Figures:
-    """Medians of a round: µs a step, of CPU time too, and what both are over the hand-written loop; Python calls."""
+    """Medians of a round: µs a step, what it is over the hand-written loop (of CPU time too), their ratio; calls."""
 
     wall: float
-    cpu: float
     wall_more: float
     cpu_more: float
+    ratio: float
     calls: float
     calls_more: float
 
@@ -283,12 +283,15 @@ def run_round(case: str, runners: list[tuple[str, str]], blocks: int) -> tuple[l
     figures = []
     for index, (python, _) in enumerate(runners):
         base = runners.index((python, BASELINE))
+        pairs = [(block[index], block[base]) for block in timed]
         figures.append(
             Figures(
-                *(statistics.median(block[index][i] for block in timed) for i in (0, 1)),
-                *(statistics.median(block[index][i] - block[base][i] for block in timed) for i in (0, 1)),
-                calls[index],
-                calls[index] - calls[base],
+                wall=statistics.median(own[0] for own, _ in pairs),
+                wall_more=statistics.median(own[0] - other[0] for own, other in pairs),
+                cpu_more=statistics.median(own[1] - other[1] for own, other in pairs),
+                ratio=statistics.median(own[1] / other[1] for own, other in pairs),
+                calls=calls[index],
+                calls_more=calls[index] - calls[base],
             )
         )
     return figures, versions
@@ -297,20 +300,18 @@ def run_round(case: str, runners: list[tuple[str, str]], blocks: int) -> tuple[l
 def table(found: dict[tuple[str, int, str], list[Figures]]) -> str:
     """A row for each case and runner, in Markdown."""
     lines = [
-        "| case | loop | µs a step | over the hand-written loop | in CPU time | Python calls a step |",
-        "|---|---|---:|---:|---:|---:|",
+        "| case | loop | µs a step | over the hand-written loop | in CPU time | ratio | Python calls a step |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for (case, _, runner), rounds in found.items():
-        wall, wall_more, cpu_more, calls, calls_more = (
-            statistics.median(getattr(figures, name) for figures in rounds)
-            for name in ("wall", "wall_more", "cpu_more", "calls", "calls_more")
-        )
-        row = [CASES[case].description, runner, f"{wall:.0f}"]
+        median = {name: statistics.median(vars(figures)[name] for figures in rounds) for name in vars(rounds[0])}
+        row = [CASES[case].description, runner, f"{median['wall']:.0f}"]
         if runner == BASELINE:
-            row += ["", "", f"{calls:.0f}"]
+            row += ["", "", "", f"{median['calls']:.0f}"]
         else:
             target = f" (target: {CASES[case].at_most})" if runner == "paceline" else ""
-            row += [f"{wall_more:+.1f} µs{target}", f"{cpu_more:+.1f} µs", f"{calls_more:+.0f}"]
+            row += [f"{median['wall_more']:+.1f} µs{target}", f"{median['cpu_more']:+.1f} µs"]
+            row += [f"{median['ratio']:.3f}", f"{median['calls_more']:+.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -318,14 +319,18 @@ def table(found: dict[tuple[str, int, str], list[Figures]]) -> str:
 def machine() -> str:
     """The processor's name and how many of it there are."""
     info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    models = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of fresh processes")
-    parser.add_argument("--blocks", type=int, default=50, help=f"timed blocks of {BLOCK} steps in each process")
+    parser.add_argument("--blocks", type=int, default=20, help=f"timed blocks of {BLOCK} steps in each process")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=[])
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has the rivals")

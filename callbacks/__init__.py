@@ -53,12 +53,12 @@ if TYPE_CHECKING:
     from .profiler import Profiler
     from .progress_bar import ProgressBar
     from .rich_progress_bar import RichProgressBar
+    from .stochastic_weight_averaging import StochasticWeightAveraging
     from .tensorboard_logger import TensorBoardLogger
     from .throughput import ThroughputMonitor
     from .timer import Timer
     from .tqdm_progress_bar import TQDMProgressBar
     from .wandb_logger import WandbLogger
-    from .stochastic_weight_averaging import StochasticWeightAveraging
     from .weight_averaging import EMAWeightAveraging, WeightAveraging
 else:
     from .._lazy import lazy_names

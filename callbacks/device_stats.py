@@ -29,7 +29,8 @@ class DeviceStatsMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if stage == "fit" and not trainer.loggers and not trainer.fast_dev_run:
             raise ConfigurationError(
-                "Cannot use DeviceStatsMonitor with a Trainer that has no logger. Leave out logger=False, or the monitor."
+                "Cannot use DeviceStatsMonitor with a Trainer that has no logger. Leave out logger=False, or the "
+                "monitor."
             )
         if self._cpu_stats or (self._cpu_stats is None and trainer.strategy.device.type == "cpu"):
             self._psutil = _import_psutil()
@@ -103,7 +104,7 @@ def cpu_stats(psutil: Any) -> dict[str, float]:
 
 def _import_psutil() -> Any:
     try:
-        import psutil
+        import psutil  # type: ignore[import-untyped]
     except ModuleNotFoundError:
         raise ConfigurationError(
             "DeviceStatsMonitor logs the CPU's statistics through psutil, which is not installed. Run "

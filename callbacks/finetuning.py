@@ -58,9 +58,7 @@ class BaseFinetuning(Callback):
         return [layer for layer in found if not list(layer.children()) or layer._parameters]
 
     @staticmethod
-    def filter_params(
-        modules: Modules, train_bn: bool = True, requires_grad: bool = True
-    ) -> Iterator[nn.Parameter]:
+    def filter_params(modules: Modules, train_bn: bool = True, requires_grad: bool = True) -> Iterator[nn.Parameter]:
         """The parameters that need gradients (or do not); those of BatchNorm only with `train_bn`."""
         for layer in BaseFinetuning.flatten_modules(modules):
             if train_bn or not isinstance(layer, _BatchNorm):
@@ -91,8 +89,8 @@ class BaseFinetuning(Callback):
         new = [p for p in given if id(p) not in known]
         if len(new) < len(given):
             rank_zero_warn(
-                f"{len(given) - len(new)} of the parameters to be thawed are in the optimizer already and stay where they "
-                "are. In configure_optimizers, give the optimizer [p for p in self.parameters() if p.requires_grad]."
+                f"{len(given) - len(new)} of the parameters to be thawed are in the optimizer already and stay where "
+                "they are. Let configure_optimizers take [p for p in self.parameters() if p.requires_grad]."
             )
         return new
 
@@ -175,9 +173,9 @@ class BackboneFinetuning(BaseFinetuning):
     """Freezes `module.backbone` until epoch `unfreeze_backbone_at_epoch`, then trains it at a rate of its own.
 
     That begins at `backbone_initial_lr`, or the first group's rate times `backbone_initial_ratio_lr`, and is multiplied
-    with `lambda_func(epoch + 1)` in each later epoch; with `should_align` it never exceeds the first group's. `train_bn`
-    says whether the backbone's BatchNorm layers are trained, before and after; `verbose` tells the rates, rounded to
-    `rounding` digits.
+    with `lambda_func(epoch + 1)` in each later epoch; with `should_align` it never exceeds the first group's.
+    `train_bn` says whether the backbone's BatchNorm layers are trained, before and after; `verbose` tells the rates,
+    rounded to `rounding` digits.
     """
 
     def __init__(
@@ -207,13 +205,13 @@ class BackboneFinetuning(BaseFinetuning):
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if not isinstance(getattr(pl_module, "backbone", None), nn.Module):
             raise ConfigurationError(
-                f"BackboneFinetuning needs a layer {type(pl_module).__name__}.backbone. Give the module one in __init__, "
-                "or subclass BaseFinetuning."
+                f"BackboneFinetuning needs a layer {type(pl_module).__name__}.backbone. Give the module one in "
+                "__init__, or subclass BaseFinetuning."
             )
         super().setup(trainer, pl_module, stage)
 
     def freeze_before_training(self, pl_module: Module) -> None:
-        self.freeze(pl_module.backbone, train_bn=self.train_bn)  # type: ignore[arg-type]
+        self.freeze(pl_module.backbone, train_bn=self.train_bn)
 
     def finetune_function(self, pl_module: Module, epoch: int, optimizer: Optimizer) -> None:
         if epoch < self.unfreeze_backbone_at_epoch:
@@ -223,7 +221,7 @@ class BackboneFinetuning(BaseFinetuning):
             given = self.backbone_initial_lr
             lr = head_lr * self.backbone_initial_ratio_lr if given is None else given
             self.unfreeze_and_add_param_group(
-                pl_module.backbone,  # type: ignore[arg-type]
+                pl_module.backbone,
                 optimizer,
                 lr,
                 initial_denom_lr=self.initial_denom_lr,
@@ -236,9 +234,7 @@ class BackboneFinetuning(BaseFinetuning):
             optimizer.param_groups[-1]["lr"] = lr
         self.previous_backbone_lr = lr
         if self.verbose:
-            rank_zero_info(
-                f"Current lr: {round(head_lr, self.rounding)}, Backbone lr: {round(lr, self.rounding)}"
-            )
+            rank_zero_info(f"Current lr: {round(head_lr, self.rounding)}, Backbone lr: {round(lr, self.rounding)}")
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "previous_backbone_lr": self.previous_backbone_lr}

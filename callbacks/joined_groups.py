@@ -22,7 +22,9 @@ _RATES_OF_GROUP = ("initial_lr", "max_lr", "min_lr")
 _OTHERS_OF_GROUP = ("base_momentum", "max_momentum", "swa_lr")
 
 
-def let_schedulers_follow(configs: Iterable[SchedulerConfig], optimizer: Optimizer, rates_before: Sequence[Any]) -> None:
+def let_schedulers_follow(
+    configs: Iterable[SchedulerConfig], optimizer: Optimizer, rates_before: Sequence[Any]
+) -> None:
     """Make the schedulers of `optimizer` go on from its groups' present rates; `rates_before` are the earlier ones."""
     groups = optimizer.param_groups
     changed = [i for i in range(1, len(groups)) if i >= len(rates_before) or groups[i]["lr"] != rates_before[i]]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from ..trainer.agreed_clock import AgreedClock
 from ..trainer.callback import Callback
 from ..trainer.checkpoint.saver import FollowUp
 from ..trainer.rank_zero import rank_zero_info, rank_zero_warn
-from .agreed_clock import AgreedClock
 from .checkpoint_names import format_name
 from .log_file import is_url, join
 from .monitored import Watch, never_logged

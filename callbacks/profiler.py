@@ -153,7 +153,8 @@ class Profiler(Callback):
         if self.filename is None:
             print(self.summary(), flush=True)
         else:
-            write_text(join(self.dirpath or str(trainer.log_dir), f"{stage}-{self.filename}.txt"), self.summary() + "\n")
+            folder = self.dirpath or str(trainer.log_dir)
+            write_text(join(folder, f"{stage}-{self.filename}.txt"), self.summary() + "\n")
         self._stage = self._tool = None
 
     def _trace_path(self, folder: str, stage: str) -> str:
@@ -187,12 +188,14 @@ def _put_marks(trainer: Trainer, times: Times, tool: Tool | None) -> None:
 
     def marking(phase: str, starts: str, steps: bool = False) -> Callable[..., None]:
         def mark(*_: Any) -> None:
-            checking = phase.startswith("validation") and trainer.sanity_checking
-            times.mark("sanity check" if checking else phase)
-            if tool is not None and not checking:
+            if trainer.sanity_checking:
+                times.mark("sanity check" if phase.startswith("validation") else "set-up")
+                return
+            times.mark(phase)
+            if tool is not None:
                 tool.phase(starts)
-                if steps:
-                    tool.step()
+            if tool is not None and steps:
+                tool.step()
 
         return mark
 

@@ -82,7 +82,9 @@ class StochasticWeightAveraging(Callback):
             return
         self._forget()
         if trainer.max_epochs in (None, -1):
-            raise ConfigurationError("StochasticWeightAveraging must know the last epoch: give Trainer(max_epochs=...).")
+            raise ConfigurationError(
+                "StochasticWeightAveraging must know the last epoch: give Trainer(max_epochs=...)."
+            )
         if not pl_module.automatic_optimization:
             raise ConfigurationError(
                 "StochasticWeightAveraging sets learning rates and repeats training_step for BatchNorm, which manual "
@@ -114,8 +116,8 @@ class StochasticWeightAveraging(Callback):
         if not self._anneals:
             if epoch != self.swa_start:
                 rank_zero_warn(
-                    f"StochasticWeightAveraging begins in epoch {epoch}, after its start {self.swa_start}: the run that "
-                    "this one goes on from did not average."
+                    f"StochasticWeightAveraging begins in epoch {epoch}, after its start {self.swa_start}: the run "
+                    "that this one goes on from did not average."
                 )
             self._anneal(trainer)
         if self._average is None:
@@ -215,12 +217,14 @@ def _check_arguments(
     is_epoch = isinstance(swa_epoch_start, int) and not isinstance(swa_epoch_start, bool) and swa_epoch_start >= 1
     if not is_share and not is_epoch:
         raise ConfigurationError(
-            f"swa_epoch_start={swa_epoch_start!r}: expected an epoch (an int from 1) or a share of them (a float from 0 "
-            "to 1)."
+            f"swa_epoch_start={swa_epoch_start!r}: expected an epoch (an int from 1) or a share of them (a float from "
+            "0 to 1)."
         )
     if not isinstance(annealing_epochs, int) or annealing_epochs < 0:
         raise ConfigurationError(f"annealing_epochs={annealing_epochs!r}: expected a whole number of at least 0.")
     if annealing_strategy not in ("cos", "linear"):
         raise ConfigurationError(f"annealing_strategy={annealing_strategy!r}: use 'cos' or 'linear'.")
     if avg_fn is not None and not callable(avg_fn):
-        raise ConfigurationError(f"avg_fn={avg_fn!r:.80} cannot be called. Give a function of (averaged, current, count).")
+        raise ConfigurationError(
+            f"avg_fn={avg_fn!r:.80} cannot be called. Give a function of (averaged, current, count)."
+        )

@@ -44,10 +44,10 @@ class Work:
 class ThroughputMonitor(Callback):
     """Logs `train/device/samples_per_sec` and its like over the last `window_size` updates.
 
-    `batch_size_fn(batch)` counts a batch's samples (default: the first tensor's first dimension), `length_fn(batch)` its
-    items, as tokens; both must answer without reading from the device. `device/` rates are those of one rank (the mean),
-    the others of all ranks. FLOPs need `module.flops_per_batch`, a number or a method without arguments; `device/mfu` is
-    their share of `available_flops`, what a device can do in a second. Evaluations log theirs when they end.
+    `batch_size_fn(batch)` counts a batch's samples (default: the first tensor's first dimension), `length_fn(batch)`
+    its items, as tokens; both must answer without reading from the device. `device/` rates are those of one rank (the
+    mean), the others of all ranks. FLOPs need `module.flops_per_batch`, a number or a method without arguments;
+    `device/mfu` is their share of `available_flops`, what a device can do in a second. Evaluations log when they end.
     """
 
     def __init__(

@@ -10,29 +10,18 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import paceline as pl
 from paceline.callbacks import EarlyStopping, ModelCheckpoint
 
 
-class Digits(pl.DataModule):
-    def setup(self, stage):
-        digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-        labels = torch.tensor(digits.target)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        train, val, test = order.split([1257, 270, 270])
-        self.train, self.val, self.test = (TensorDataset(images[part], labels[part]) for part in (train, val, test))
-
-    def train_dataloader(self):
-        return DataLoader(self.train, batch_size=32, shuffle=True)
-
-    def val_dataloader(self):
-        return DataLoader(self.val, batch_size=128)
-
-    def test_dataloader(self):
-        return DataLoader(self.test, batch_size=128)
+def digits():
+    """Training, validation and test data: images of 8 x 8 pixels from 0 to 1, and the digits that they show."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    dataset = TensorDataset(images, torch.tensor(data.target))
+    return random_split(dataset, [0.7, 0.15, 0.15], generator=torch.Generator().manual_seed(0))
 
 
 class Classifier(pl.Module):
@@ -59,8 +48,9 @@ class Classifier(pl.Module):
 
     def evaluate(self, stage, batch):
         images, labels = batch
-        accuracy = (self.network(images).argmax(dim=1) == labels).float().mean()
-        self.log(f"{stage}_accuracy", accuracy, prog_bar=True)  # the mean over all samples of all ranks
+        scores = self.network(images)
+        self.log(f"{stage}_loss", F.cross_entropy(scores, labels), prog_bar=True)
+        self.log(f"{stage}_accuracy", (scores.argmax(dim=1) == labels).float().mean(), prog_bar=True)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
@@ -70,17 +60,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", default="auto", help="auto, single or ddp")
     parser.add_argument("--devices", default="auto" if torch.accelerator.is_available() else "2")
-    parser.add_argument("--max-epochs", type=int, default=20)
+    parser.add_argument("--max-epochs", type=int, default=15)
     args = parser.parse_args()
 
     pl.seed_everything(1)
-    best = ModelCheckpoint(monitor="val_accuracy", mode="max")
-    stop = EarlyStopping(monitor="val_accuracy", mode="max", patience=5)
-    trainer = pl.Trainer(
-        strategy=args.strategy, devices=args.devices, max_epochs=args.max_epochs, callbacks=[best, stop]
-    )
-    trainer.fit(Classifier(), datamodule=Digits())
-    [result] = trainer.test(ckpt_path="best", verbose=False)
+    train, val, test = digits()
+    best = ModelCheckpoint(monitor="val_loss")
+    callbacks = [best, EarlyStopping(monitor="val_loss", patience=3)]
+    trainer = pl.Trainer(strategy=args.strategy, devices=args.devices, max_epochs=args.max_epochs, callbacks=callbacks)
+    trainer.fit(Classifier(), DataLoader(train, batch_size=32, shuffle=True), DataLoader(val, batch_size=128))
+    [result] = trainer.test(dataloaders=DataLoader(test, batch_size=128), ckpt_path="best", verbose=False)
 
     if trainer.is_global_zero:
         print(f"Test accuracy: {result['test_accuracy']:.1%}")

@@ -1,19 +1,23 @@
 """From `Trainer(strategy=, accelerator=, devices=, num_nodes=)` and the environment to one strategy on one device.
 
-`choose` is pure but for asking torch which devices there are; it neither connects nor launches.
+`choose` is pure but for asking torch which devices there are; it neither connects nor launches. `"auto"` chooses by the
+number of ranks until the model is known; then `by_size` chooses by what a rank must hold.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import ConfigurationError
 from .base import STRATEGIES, Strategy
 from .cluster import Cluster
+from .estimate import Sizes, pick
+from .precision import Precision
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Choice:
     ranks_here: int
     num_nodes: int
     reason: str
+    automatic: bool = False
 
     def device_of(self, local_rank: int) -> torch.device:
         """The device of the rank `local_rank` of this node."""
@@ -55,7 +60,25 @@ def choose(
             f"{world_size} ranks. Use strategy='ddp', or devices=1 without a launcher."
         )
     found = [torch.device("cpu")] if kind == "cpu" else [torch.device(kind, index) for index in indices]
-    return Choice(chosen, found, ranks_here, num_nodes, reason)
+    return Choice(chosen, found, ranks_here, num_nodes, reason, automatic=strategy == "auto" and world_size > 1)
+
+
+def by_size(choice: Choice, sizes: Sizes, precision: Precision, local_rank: int = 0) -> Choice:
+    """The choice of `"auto"` for a model of these sizes; any other choice as it is."""
+    if not choice.automatic or not sizes.parameters:
+        return choice
+    memory = memory_of(choice.device_of(local_rank), choice.ranks_here)
+    name, reason = pick(sizes, precision, choice.ranks_here, choice.num_nodes, memory)
+    return replace(choice, strategy=choice.strategy if name == "ddp" else STRATEGIES[name](), reason=reason)
+
+
+def memory_of(device: torch.device, ranks_here: int) -> int:
+    """Bytes that a rank may use: a GPU's memory, or its share of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
+    return 2**63 - 1  # nobody says: as if everything fitted
 
 
 def _accelerator_kind(accelerator: str) -> str:

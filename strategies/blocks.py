@@ -48,7 +48,8 @@ def without_shared(model: nn.Module, blocks: list[nn.Module]) -> tuple[list[nn.M
     gathered alone, since both users of the parameter must see it gathered."""
     names = {m: path for path, m in model.named_modules()}
     users: Counter[int] = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    kept, left = [], []
+    kept: list[nn.Module] = []
+    left: list[nn.Module] = []
     for block in blocks:
         own = Counter(id(p) for m in block.modules() for p in m._parameters.values() if p is not None)
         (kept if all(users[key] == count for key, count in own.items()) else left).append(block)

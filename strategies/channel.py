@@ -6,6 +6,8 @@ one channel must be sent in the same order by every rank; two channels do not di
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,3 +45,11 @@ class Channel:
         rows = torch.empty(self._world_size, len(vector), dtype=vector.dtype)
         work = dist.all_gather(list(rows.unbind()), vector, group=self._group, async_op=True)
         return Message(rows, work)
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        """The picklable objects of all ranks, by rank; waits for them. Safe in a thread that alone uses this channel."""
+        if self._group is None:
+            return [obj]
+        held: list[Any] = [None] * self._world_size
+        dist.all_gather_object(held, obj, group=self._group)
+        return held

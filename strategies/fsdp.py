@@ -156,7 +156,8 @@ class FSDP(Strategy):
         if callable(parallelize):
             move_and_agree(module, self.device)
             parallelize(self.mesh)
-            return [part for part in module.modules() if part in set(fsdp_modules(module))]
+            sharded: list[Any] = list(fsdp_modules(module))
+            return sharded
         found = find_blocks(module) if self.blocks is None else named_blocks(module, self.blocks)
         kept, left = without_shared(module, found)
         if left and self.rank == 0:
@@ -295,6 +296,11 @@ def _check(module: nn.Module, strategy: Strategy) -> None:
         raise ConfigurationError(
             f"{type(module).__name__} has no parameters, so {strategy.name} has nothing to shard. Build its layers in "
             "__init__ or configure_model, or use strategy='ddp'."
+        )
+    scalars = [name for name, p in module.named_parameters() if p.dim() == 0]
+    if scalars:
+        raise ConfigurationError(
+            f"{scalars[0]!r} has no dimension, so {strategy.name} cannot shard it. Make it a parameter of shape (1,)."
         )
     if count < strategy.world_size:
         raise ConfigurationError(

@@ -119,7 +119,7 @@ def _tensors(part: nn.Module) -> dict[str, Tensor]:
 
 
 def _group(part: nn.Module, name: str) -> dict[str, Any]:
-    return part._parameters if name in part._parameters else part._buffers  # type: ignore[return-value]
+    return part._parameters if name in part._parameters else part._buffers
 
 
 def _unset(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -65,10 +65,9 @@ def shard(roots: Iterable[nn.Module], blocks: list[nn.Module], sharding: Shardin
             _checkpoint_activations(part)
         if not isinstance(part, FSDPModule):  # a user's `parallelize` may have done it
             sharding.apply(part, root=part in roots)
-    for root in roots:
-        for part in fsdp_modules(root):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+    for sharded in (part for root in roots for part in fsdp_modules(root)):
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
     if sharding.forward_prefetch:
         held: list[Any] = blocks
         for i, block in enumerate(held):
@@ -130,4 +129,4 @@ def _checkpoint_activations(block: nn.Module) -> None:
     # Its names stay; `fully_shard` gathers the parameters around it, so they are not gathered a second time.
     forward = block.forward
     if not (isinstance(forward, partial) and forward.func is checkpoint):
-        block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=True)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=True)

@@ -7,6 +7,7 @@ what was wrong with its value and what to write instead.
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -50,6 +51,8 @@ REMOVED_ARGUMENTS = {
     "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs=1",
     "prepare_data_per_node": "prepare_data_per_node of the module or data module",
     "max_nb_epochs": "max_epochs={value!r}",
+    "epochs": "max_epochs={value!r}",
+    "num_epochs": "max_epochs={value!r}",
     "plugins": "a Strategy object, or precision",
 }
 
@@ -145,7 +148,7 @@ class Arguments:
     overfit_batches: int | float
     fast_dev_run: int
     num_sanity_val_steps: int
-    val_check_interval: int | float
+    val_check_interval: int | float | timedelta
     check_val_every_n_epoch: int | None
     accumulate_grad_batches: int
     global_batch_size: int | None
@@ -177,10 +180,23 @@ class Arguments:
                 "second. Give one of them."
             )
         clip_value, clip_algorithm = check_clipping(given["gradient_clip_val"], given["gradient_clip_algorithm"])
+        if isinstance(given["accumulate_grad_batches"], dict):
+            raise ConfigurationError(
+                f"accumulate_grad_batches={given['accumulate_grad_batches']} is no number. Write "
+                "callbacks=[GradientAccumulationScheduler(scheduling=...)] for one that changes with the epochs."
+            )
+        if given["deterministic"] not in (None, True, False, "warn"):
+            raise ConfigurationError(f"deterministic={given['deterministic']!r}: use True, False or 'warn'.")
+        if given["compile"]:
+            raise ConfigurationError(
+                f"compile={given['compile']!r} is not there yet. Call self.compile(), or self.some_layer.compile(), in "
+                "configure_model, and leave compile out."
+            )
+        check_count("num_nodes", given["num_nodes"])
         fast = check_count("fast_dev_run", int(given["fast_dev_run"]), 0)
         extras = not (barebones or fast)
         n_epoch = given["check_val_every_n_epoch"]
-        interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
+        interval = given["val_check_interval"]
         if n_epoch is None and isinstance(interval, float):
             raise ConfigurationError(
                 f"check_val_every_n_epoch=None counts micro-batches across epochs, so val_check_interval={interval!r} "
@@ -199,8 +215,8 @@ class Arguments:
             overfit_batches=check_limit("overfit_batches", given["overfit_batches"]) or 0,
             fast_dev_run=fast,
             num_sanity_val_steps=_sanity_steps(given["num_sanity_val_steps"], barebones),
-            val_check_interval=_check_interval(interval),
-            check_val_every_n_epoch=_optional_count("check_val_every_n_epoch", n_epoch),
+            val_check_interval=1.0 if fast or interval is None else _check_interval(interval),
+            check_val_every_n_epoch=1 if fast else _optional_count("check_val_every_n_epoch", n_epoch),
             accumulate_grad_batches=check_count("accumulate_grad_batches", _or(given["accumulate_grad_batches"], 1)),
             global_batch_size=_optional_count("global_batch_size", given["global_batch_size"]),
             gradient_clip_val=clip_value,
@@ -242,6 +258,16 @@ class Arguments:
                 f"{type(module).__name__} has no training_step, so fit() cannot train it. Define "
                 "training_step(self, batch, batch_idx) that returns the loss."
             )
+        if not overridden(module, "configure_optimizers", Module):
+            raise ConfigurationError(
+                f"{type(module).__name__} has no configure_optimizers, so fit() cannot train it. Define it to return an "
+                "optimizer, or None to train without one."
+            )
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise ConfigurationError(
+                f"{type(module).__name__}.training_step takes dataloader_iter, but batches are handed to it one by one. "
+                "Write training_step(self, batch, batch_idx)."
+            )
         if module.automatic_optimization:
             return
         for name in ("gradient_clip_val", "global_batch_size"):
@@ -281,7 +307,12 @@ def _log_every(value: Any, barebones: bool) -> int:
     return every or sys.maxsize
 
 
-def _check_interval(value: Any) -> int | float:
+def _check_interval(value: Any) -> int | float | timedelta:
+    if isinstance(value, (str, dict, timedelta)):
+        seconds = parse_seconds("val_check_interval", value)
+        if not seconds or seconds < 0:
+            raise ConfigurationError(f"val_check_interval={value!r} is no time that could pass. Use at least a second.")
+        return timedelta(seconds=seconds)
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
@@ -290,7 +321,7 @@ def _check_interval(value: Any) -> int | float:
     ):
         raise ConfigurationError(
             f"val_check_interval={value!r} is neither a number of micro-batches (an int from 1) nor a fraction of the "
-            "epoch (a float up to 1.0)."
+            "epoch (a float up to 1.0) nor a time ('DD:HH:MM:SS', a timedelta or a dict of its arguments)."
         )
     return value
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .. import __version__
 from ..errors import ConfigurationError, PacelineError
+from . import estimating
+from . import cli_checkpoint
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,28 @@ def _launch(arguments: argparse.Namespace) -> int:
     )
 
 
+# --- paceline verify-resume -------------------------------------------------------------------------------------------
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive, default=3, metavar="K", help="optimizer steps (default: 3)")
+    parser.add_argument("script", help="a script that calls trainer.fit()")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own arguments")
+
+
+def _verify_resume(arguments: argparse.Namespace) -> int:
+    """Run the script; its first `fit` verifies instead of training, and leaves its verdict in a file."""
+    if not os.path.exists(arguments.script):
+        raise ConfigurationError(f"there is no file {arguments.script!r} here ({os.getcwd()}).")
+    with tempfile.TemporaryDirectory(prefix="paceline-verify-") as folder:
+        verdict = os.path.join(folder, "verdict")
+        environment = {**os.environ, "PACELINE_VERIFY_RESUME": f"{arguments.steps}:{verdict}"}
+        code = subprocess.call([sys.executable, arguments.script, *arguments.args], env=environment)
+        if code == 0 and not os.path.exists(verdict):
+            raise ConfigurationError(
+                f"{arguments.script} ended without a call of trainer.fit(), so nothing was verified."
+            )
+    return code
+
+
 def _device_count() -> int:
     import torch
 
@@ -93,7 +119,12 @@ def _positive(text: str) -> int:
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------
-COMMANDS = (Command("launch", "run a script on several devices or nodes", _add_launch_arguments, _launch),)
+COMMANDS = (
+    Command("launch", "run a script on several devices or nodes", _add_launch_arguments, _launch),
+    Command("checkpoint", "look into checkpoints, compare, convert", cli_checkpoint.add_arguments, cli_checkpoint.run),
+    Command("estimate", "what a rank of each strategy must hold", estimating.add_arguments, estimating.run),
+    Command("verify-resume", "prove that a script's training resumes exactly", _add_verify_arguments, _verify_resume),
+)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,7 +40,7 @@ class Control:
     def stop_agreed(self) -> bool:
         """After each window, on every rank: True on all of them, after the same window, once any wished to stop."""
         if self._alone:
-            return self._wish()
+            return self._ordered()
         self._windows += 1
         if self._windows < self._interval:
             return False
@@ -54,12 +54,17 @@ class Control:
     def stop_agreed_now(self) -> bool:
         """As `stop_agreed`, but waits for the answer: for the end of an epoch, where ranks meet anyway."""
         if self._alone:
-            return self._wish()
+            return self._ordered()
         earlier = self._read()
         self._send(1)
         now = self._read()
         self._windows = 0
         return earlier or now
+
+    def _ordered(self) -> bool:
+        if stop := self._wish():
+            self._agreed()
+        return stop
 
     def _send(self, windows_until_read: float) -> None:
         self._message = self._channel.gather(

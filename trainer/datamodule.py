@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .hparams import HyperParameters
+from .hparams import HyperParameters, on_class_only
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,16 @@ class DataModule(HyperParameters, DataHooks):
 
     def on_exception(self, exception: BaseException) -> None:
         """An exception ends the run."""
+
+    @on_class_only
+    def load_from_checkpoint(
+        cls, checkpoint_path: Any, map_location: Any = None, hparams_file: Any = None, **kwargs: Any
+    ) -> Any:
+        """A data module with the hyper-parameters of a checkpoint; `kwargs` override them. Its `state_dict` is not
+        loaded: `fit(ckpt_path=...)` does that."""
+        from .checkpoint.modules import load_datamodule
+
+        return load_datamodule(cls, checkpoint_path, hparams_file, kwargs)
 
     @classmethod
     def from_datasets(

@@ -48,8 +48,11 @@ class Evaluation:
 
 
 def evaluate(run: Evaluation, limit: int | float = math.inf) -> list[dict[str, float]]:
-    """Run at most `limit` batches of every loader; one dict of reduced metrics a loader."""
+    """Run at most `limit` batches of every loader; one dict of reduced metrics a loader. Without a batch: nothing."""
     stage, hooks, metrics = run.stage, run.hooks, run.metrics
+    if not any(data.num_batches for data in run.data):
+        run.outputs = [[] for _ in run.data]
+        return []
     with _evaluating(run), torch.inference_mode() if run.inference_mode else torch.no_grad():
         _call_own(run, f"on_{stage}_model_eval")
         _call(getattr(hooks, f"on_{stage}_start"))

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ConfigurationError
 from .combined import CombinedLoader
-from .iterables import deals_by_rank, sharded
+from .iterables import deals_by_rank, length_of_stream, sharded
 from .loaders import (
     IndexBatches,
     batch_size_of,
@@ -23,12 +23,16 @@ from .loaders import (
     draw,
     draws_own_batches,
     holds_loaders,
+    is_map_style,
     is_plain_shuffle,
-    length_of,
     resolve_limit,
+    set_epoch,
+    shards_itself,
     taken_over,
+    why_left_alone,
 )
 from .plan import evaluation_batches, permutation
+from .rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -59,16 +63,19 @@ class EvaluationData:
                 f"An evaluation loader is a {type(loader).__name__}, which cannot be iterated. Pass a DataLoader or "
                 "any iterable of batches."
             )
-        self.user_loader = loader
+        self.user_loader = sharded(loader, 0, 1) if take_over else loader
         self._strategy = strategy
         self._seed = seed
-        length = length_of(loader)
+        length = length_of_stream(self.user_loader)
         self.num_batches: int | float = resolve_limit(limit, math.inf if length is None else length, argument)
         self._indices = IndexBatches()
         self._loader = taken_over(loader, self._indices) if take_over and can_be_taken_over(loader) else None
-        self._whole = not take_over or deals_by_rank(loader)
-        if take_over:
-            self.user_loader = sharded(loader, 0, 1)
+        self._whole = not take_over or deals_by_rank(loader) or shards_itself(loader)
+        if take_over and is_map_style(loader) and self._loader is None:
+            rank_zero_warn(
+                f"An evaluation loader ({type(loader).__name__}) is left alone, because {why_left_alone(loader)}. So "
+                "samples may be counted twice on several ranks. Pass a plain DataLoader, and the trainer deals it."
+            )
 
     def batches(self, limit: int | float = math.inf) -> Iterator[EvaluationBatch]:
         """This rank's batches among the first `limit` of all, in order."""
@@ -138,6 +145,7 @@ class EvaluationData:
     def _index_lists(self, count: int) -> list[Any]:
         """The indices of the first `count` batches, as the user's loader would draw them."""
         loader = self.user_loader
+        set_epoch(loader, 0)
         if draws_own_batches(loader):
             source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
             return draw(source, self._seed, 0, count)
@@ -147,7 +155,7 @@ class EvaluationData:
         order = (
             permutation(samples, self._seed, 0)
             if is_plain_shuffle(loader.sampler)
-            else draw(loader.sampler, self._seed, 0, count * size)
+            else draw(loader.sampler, self._seed, 0, min(count * size, samples))
         )
         return [order[i : i + size] for i in range(0, count * size, size)]
 

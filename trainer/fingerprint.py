@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import ConfigurationError
-from .loaders import length_of
+from .iterables import deals_by_rank
+from .loaders import can_be_taken_over, length_of
 from .rng import isolated
 
 if TYPE_CHECKING:
@@ -23,36 +26,75 @@ if TYPE_CHECKING:
 
 
 def fingerprint(loader: Any) -> dict[str, Any]:
-    """What to compare of a map-style loader's data set; reads three samples without moving the random streams."""
-    dataset = loader.dataset
-    facts: dict[str, Any] = {"type": type(dataset).__qualname__, "length": length_of(dataset)}
-    if facts["length"]:
-        with isolated(0):
-            facts["samples"] = [_digest(dataset, i) for i in sorted({0, facts["length"] // 2, facts["length"] - 1})]
+    """What to compare of a loader; reads three samples of map-style data without moving the random streams."""
+    loader = getattr(loader, "user_loader", loader)
+    facts: dict[str, Any] = {"loader": type(loader).__qualname__}
+    if can_be_taken_over(loader):
+        facts |= {"batch_size": loader.batch_size, **_content(loader.dataset)}
+    elif isinstance(loader, Sequence):
+        facts |= _content(loader)
+    elif isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+        facts["data set"] = type(loader.dataset).__qualname__
+        if not deals_by_rank(loader):
+            facts["length"] = length_of(loader.dataset)
     return facts
 
 
-def _digest(dataset: Any, index: int) -> str:
-    """A hash of one sample; "" where it cannot be read or written by itself (indices may be keys of a sampler)."""
+def _content(dataset: Any) -> dict[str, Any]:
+    """The length comes first: where it differs, samples do too."""
+    facts: dict[str, Any] = {"data set": type(dataset).__qualname__, "length": length_of(dataset)}
+    if facts["length"]:
+        for index in sorted({0, facts["length"] // 2, facts["length"] - 1}):
+            facts[f"sample {index}"] = _digest(dataset, index)
+    return facts
+
+
+def _digest(dataset: Any, index: int) -> str | None:
+    """A hash of one sample; None where it is another each time, or cannot be read or written by itself."""
     try:
-        sample = dataset[index]
+        with isolated(0):
+            first = _hash(dataset[index])
+        with isolated(0):
+            return first if _hash(dataset[index]) == first else None
+    except (pickle.PicklingError, AttributeError, TypeError, LookupError):  # an index may be a key of a sampler
+        return None
+
+
+def _hash(sample: Any) -> str:
+    written = io.BytesIO()
+    _Writer(written).dump(sample)  # never read back
+    return hashlib.blake2s(written.getvalue(), digest_size=8).hexdigest()
+
+
+class _Writer(pickle.Pickler):
+    """Writes the numbers of a tensor, not all of the memory that it is a view of."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or obj.is_sparse or obj.is_quantized:
+            return None
         written = io.BytesIO()
-        torch.save(sample, written)  # never read back
-        return hashlib.blake2s(written.getvalue(), digest_size=8).hexdigest()
-    except (pickle.PicklingError, AttributeError, TypeError, LookupError):
-        return ""
+        torch.save(obj.detach().clone(memory_format=torch.contiguous_format), written)
+        return "tensor", written.getvalue()
 
 
-def check_alike(loader: Any, strategy: Strategy) -> None:
-    """ConfigurationError on every rank when the training data of one differs from rank 0's."""
-    if strategy.world_size == 1 or not isinstance(loader, DataLoader):
+def check_alike(stage: str, loaders: Sequence[Any], strategy: Strategy) -> None:
+    """ConfigurationError on every rank when the data of one differs from rank 0's; a collective."""
+    if strategy.world_size == 1:
         return
-    found = strategy.all_gather_object(fingerprint(loader))
-    for rank, facts in enumerate(found):
-        for name, expected in found[0].items():
-            if facts.get(name) != expected:
-                raise ConfigurationError(
-                    f"The training data of rank {rank} is not that of rank 0: {name} {facts.get(name)!r}, expected "
-                    f"{expected!r}. Every rank must make the same data set; the trainer deals it. To shard it "
-                    "yourself, use Trainer(use_distributed_sampler=False)."
-                )
+    leaves = [leaf for loader in loaders for leaf in (getattr(loader, "flattened", None) or [loader])]
+    found = strategy.all_gather_object([fingerprint(getattr(leaf, "planned", leaf)) for leaf in leaves])
+    for rank, theirs in enumerate(found):
+        for expected, facts in zip(found[0], theirs, strict=False):
+            for name, value in expected.items():
+                if name not in facts or (facts[name] != value and None not in (facts[name], value)):
+                    _refuse(stage, rank, name, facts.get(name), value)
+        if len(theirs) != len(found[0]):
+            _refuse(stage, rank, "number of loaders", len(theirs), len(found[0]))
+
+
+def _refuse(stage: str, rank: int, name: str, found: Any, expected: Any) -> None:
+    raise ConfigurationError(
+        f"The {stage} data of rank {rank} is not that of rank 0: {name} {found!r}, expected {expected!r}. Every rank "
+        "must make the same data set; the trainer deals it. To shard it yourself, use "
+        "Trainer(use_distributed_sampler=False)."
+    )

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import enum
+import functools
 import inspect
 import sys
 import typing
@@ -54,6 +55,25 @@ class AttributeDict(dict[str, Any]):
     def __repr__(self) -> str:
         width = max((len(str(name)) for name in self), default=0) + 3
         return "\n".join(f'"{name}":'.ljust(width) + f" {self[name]}" for name in sorted(self, key=str))
+
+
+class on_class_only(classmethod):  # type: ignore[type-arg]  # noqa: N801 (a decorator, like the one it refines)
+    """A class method that refuses to be called on an object, where its result would be taken for an effect on it."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        method = super().__get__(instance, owner)
+        return method if instance is None else _refusing(method, type(instance))
+
+
+def _refusing(method: Callable[..., Any], cls: type) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"{method.__name__}() makes a new object and leaves the one that it is called on as it is. Write "
+            f"module = {cls.__name__}.{method.__name__}(...)."
+        )
+
+    return refuse
 
 
 class HyperParameters:

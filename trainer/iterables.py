@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from itertools import islice
-from types import CodeType
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .combined import CombinedLoader
+from .loaders import has_state, length_of, names_used
 from .rank_zero import rank_zero_info
 
 _BY_WORKER = {"get_worker_info", "worker_info", "num_workers", "worker_id"}
@@ -27,14 +26,18 @@ class ShardedDataset(IterableDataset[Any]):
     """Every n-th item of a data set; attributes are those of the data set."""
 
     def __init__(self, dataset: IterableDataset[Any], rank: int, ranks: int, by_worker: bool) -> None:
-        self.__dict__.update(_dataset=dataset, _rank=rank, _ranks=ranks, _by_worker=by_worker)
+        self.__dict__.update(_dataset=dataset, _rank=rank, _ranks=ranks, _by_worker=by_worker, _skip=None, _share=None)
 
     def __iter__(self) -> Iterator[Any]:
         shard, shards = self._rank, self._ranks
         worker = get_worker_info() if self._by_worker else None
         if worker is not None:
             shard, shards = shard * worker.num_workers + worker.id, shards * worker.num_workers
-        return islice(iter(self._dataset), shard, None, shards)
+        items = iter(self._dataset)
+        first = shard if self._skip is None else self._skip
+        share = (_StatefulShare if has_state(items) else _Share)(items, first, shards)
+        self.__dict__.update(_skip=None, _share=share)
+        return share
 
     def __getattr__(self, name: str) -> Any:
         if name == "_dataset":  # while it is being unpickled
@@ -44,9 +47,53 @@ class ShardedDataset(IterableDataset[Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._dataset, name, value)
 
+    @property
+    def by_rank(self) -> bool:
+        """Whether it is dealt over the ranks here."""
+        return bool(self._ranks > 1)
+
     def __len__(self) -> int:
-        total = len(self._dataset)  # type: ignore[arg-type]
-        return int(total // self._ranks + (self._rank < total % self._ranks))
+        return _share_of(len(self._dataset), self._rank, self._ranks)
+
+
+class StatefulShardedDataset(ShardedDataset):
+    """A sharded data set whose position can be saved, because the data set's own can."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The data set's state, and how many items belong to others before the next one of this share."""
+        return {"dataset": self._dataset.state_dict(), "skip": None if self._share is None else self._share.skip}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, in the next iteration."""
+        self._dataset.load_state_dict(state["dataset"])
+        self.__dict__["_skip"] = state["skip"]
+
+
+class _Share:
+    """Every n-th of some items; `skip` of them belong to others before the next one of this share."""
+
+    def __init__(self, items: Iterator[Any], skip: int, shards: int) -> None:
+        self._items, self.skip, self._shards = items, skip, shards
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while self.skip:
+            next(self._items)
+            self.skip -= 1
+        item = next(self._items)
+        self.skip = self._shards - 1
+        return item
+
+
+class _StatefulShare(_Share):
+    def state_dict(self) -> dict[str, Any]:
+        return {"items": self._items.state_dict(), "skip": self.skip}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._items.load_state_dict(state["items"])  # type: ignore[attr-defined]
+        self.skip = state["skip"]
 
 
 def sharded(loader: Any, rank: int, ranks: int) -> Any:
@@ -56,20 +103,20 @@ def sharded(loader: Any, rank: int, ranks: int) -> Any:
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset):
         return loader
     dataset = loader.dataset
-    if type(dataset).__module__.partition(".")[0] in _KNOWN:
-        return loader
-    names = _names_used(dataset)
-    worker_init = getattr(loader.worker_init_fn, "__code__", None)
-    by_worker = not (names | (_names(worker_init) if worker_init is not None else set())) & _BY_WORKER
-    by_rank = not names & _BY_RANK
+    name = type(dataset).__name__
+    by_rank = not deals_by_rank(loader)
+    by_worker = not _deals_by_worker(loader)
+    if ranks > 1 and not by_rank:
+        rank_zero_info(f"{name} deals its items to the ranks itself, or so its code reads: it is left alone.")
     if (ranks == 1 or not by_rank) and (loader.num_workers <= 1 or not by_worker):
         return loader
     what = [word for word, ours in (("ranks", by_rank and ranks > 1), ("workers", by_worker)) if ours]
-    rank_zero_info(f"{type(dataset).__name__} is dealt over {' and '.join(what)}, item by item.")
+    rank_zero_info(f"{name} is dealt over {' and '.join(what)}, item by item.")
+    kind = StatefulShardedDataset if has_state(dataset) else ShardedDataset
     twin = copy.copy(loader)
-    share = (rank, ranks) if by_rank else (0, 1)
-    twin.__dict__["dataset"] = ShardedDataset(dataset, *share, by_worker)
+    twin.__dict__["dataset"] = kind(dataset, *((rank, ranks) if by_rank else (0, 1)), by_worker)
     twin.__dict__["_iterator"] = None
+    twin.__dict__["_IterableDataset_len_called"] = None
     return twin
 
 
@@ -78,25 +125,50 @@ def deals_by_rank(loader: Any) -> bool:
     dataset = getattr(loader, "dataset", None)
     if not isinstance(dataset, IterableDataset):
         return False
-    return type(dataset).__module__.partition(".")[0] in _KNOWN or bool(_names_used(dataset) & _BY_RANK)
+    if hasattr(dataset, "_distributed"):  # Hugging Face's: its code can deal, and does where it was told a rank
+        return dataset._distributed is not None
+    return _is_known(dataset) or bool(names_used(type(dataset), IterableDataset) & _BY_RANK)
 
 
-def _names_used(dataset: IterableDataset[Any]) -> set[str]:
-    """The names that the data set's own methods use."""
-    names: set[str] = set()
-    for kind in type(dataset).__mro__:
-        if kind is IterableDataset:
-            break
-        for method in vars(kind).values():
-            code = getattr(method, "__code__", None)
-            if code is not None:
-                names |= _names(code)
-    return names
+def _deals_by_worker(loader: DataLoader[Any]) -> bool:
+    worker_init = getattr(loader.worker_init_fn, "__code__", None)
+    names = names_used(type(loader.dataset), IterableDataset) | names_used(worker_init)
+    return _is_known(loader.dataset) or bool(names & _BY_WORKER)
 
 
-def _names(code: CodeType) -> set[str]:
-    names = {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            names |= _names(const)
-    return names
+def _is_known(dataset: Any) -> bool:
+    return type(dataset).__module__.partition(".")[0] in _KNOWN
+
+
+# --- how many batches --------------------------------------------------------------------------------------------
+
+
+def length_of_stream(loader: Any, drop_last_rank: bool = False) -> int | None:
+    """How many batches a loader that `sharded` returned gives the rank that gets most (or least, if it ends them all).
+
+    torch divides the items by the batch size, as if workers shared batches; None where the data set deals its items to
+    several workers by a rule of its own, or says no length.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or not isinstance(dataset, IterableDataset):
+        return length_of(loader)
+    if not isinstance(dataset, ShardedDataset):
+        return length_of(loader) if loader.num_workers <= 1 else None
+    total = length_of(dataset._dataset)
+    if total is None or (loader.num_workers > 1 and not dataset._by_worker):
+        return None
+    ranks, workers = dataset._ranks, max(loader.num_workers, 1) if dataset._by_worker else 1
+    a_rank = [
+        sum(_batches(loader, _share_of(total, rank * workers + worker, ranks * workers)) for worker in range(workers))
+        for rank in range(ranks)
+    ]
+    return min(a_rank) if drop_last_rank else max(a_rank)
+
+
+def _batches(loader: DataLoader[Any], items: int) -> int:
+    size = loader.batch_size or 1
+    return items // size if loader.drop_last else -(-items // size)
+
+
+def _share_of(total: int, shard: int, shards: int) -> int:
+    return total // shards + (shard < total % shards)

@@ -10,17 +10,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
-from torch.utils.data.distributed import DistributedSampler
 
 from ..errors import ConfigurationError
 from .plan import mix_seed
 from .rng import Place, arrive_at, isolated
+
+#: One of these stands in the code of a DataLoader's __iter__ that goes on to read the batch sampler.
+_READ_INDICES = {"super", "__class__", "batch_sampler", "_index_sampler", "_get_iterator", "DataLoader"}
 
 
 class IndexList(list[Any]):
@@ -35,7 +39,17 @@ class IndexList(list[Any]):
         return _arrived, (self.place, list(self))
 
 
-def _arrived(place: Place, indices: list[Any]) -> list[Any]:
+class _OnItsWay:
+    """What a sampler drew that is no list (an index, a tuple), and its place: in a worker it is the index again."""
+
+    def __init__(self, place: Place, indices: Any) -> None:
+        self.place, self.indices = place, indices
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self.place, self.indices)
+
+
+def _arrived(place: Place, indices: Any) -> Any:
     arrive_at(place, in_worker=True)
     return indices
 
@@ -44,34 +58,61 @@ class IndexBatches:
     """The batch sampler of a loader that was taken over: yields the lists of indices that were put into it.
 
     `lists` yields (position, indices) pairs: the position in the epoch seeds what workers draw for the batch.
+    `in_workers`: they are sent to workers. `drawn` counts them.
     """
 
     def __init__(self) -> None:
         self.lists: Iterable[tuple[int, Any]] = ()
         self.count = 0
         self.seed = self.epoch = 0
+        self.in_workers = False
+        self.drawn = 0
 
     def __iter__(self) -> Iterator[Any]:
         for position, indices in self.lists:
             place = Place(self.seed, self.epoch, position)
             arrive_at(place, in_worker=False)
+            self.drawn += 1
             if isinstance(indices, list):
                 placed = IndexList(indices)
                 placed.place = place
                 yield placed
             else:
-                yield indices
+                yield _OnItsWay(place, indices) if self.in_workers else indices
 
     def __len__(self) -> int:
         return self.count
 
 
 def can_be_taken_over(loader: Any) -> bool:
-    """True for a map-style DataLoader whose sampler does not shard by rank itself."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    return not (isinstance(sampler, DistributedSampler) or isinstance(loader.sampler, DistributedSampler))
+    """True for a map-style DataLoader that would read what our batch sampler says."""
+    return is_map_style(loader) and why_left_alone(loader) is None
+
+
+def is_map_style(loader: Any) -> bool:
+    """True for a DataLoader whose samples have indices."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def why_left_alone(loader: DataLoader[Any]) -> str | None:
+    """Why a map-style loader cannot be taken over soundly; None where it can."""
+    if (part := _deals_by_rank(loader)) is not None:
+        return f"its {type(part).__name__} deals the samples to the ranks itself"
+    owner = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
+    if owner is DataLoader or names_used(getattr(vars(owner)["__iter__"], "__code__", None)) & _READ_INDICES:
+        return None
+    return f"{owner.__name__}.__iter__ does not read the loader's batch_sampler"
+
+
+def shards_itself(loader: Any) -> bool:
+    """True for a map-style loader whose sampler takes this rank's share."""
+    return is_map_style(loader) and _deals_by_rank(loader) is not None
+
+
+def _deals_by_rank(loader: DataLoader[Any]) -> Any:
+    """The sampler that does: torch's DistributedSampler, or one made in its likeness."""
+    parts = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    return next((part for part in parts if hasattr(part, "num_replicas")), None)
 
 
 def taken_over(loader: DataLoader[Any], indices: IndexBatches) -> DataLoader[Any]:
@@ -81,6 +122,7 @@ def taken_over(loader: DataLoader[Any], indices: IndexBatches) -> DataLoader[Any
     twin.__dict__["batch_sampler" if automatic else "sampler"] = indices
     twin.__dict__["generator"] = torch.Generator()
     twin.__dict__["_iterator"] = None
+    indices.in_workers = loader.num_workers > 0
     return twin
 
 
@@ -95,23 +137,49 @@ def is_plain_shuffle(sampler: Any) -> bool:
 
 
 def draw(sampler: Iterable[Any], seed: int, epoch: int, length: int) -> list[Any]:
-    """What a user's sampler draws in `epoch`: alike on all ranks, and without touching the global streams."""
-    set_epoch(sampler, epoch)
-    with isolated(mix_seed(seed, epoch)):
-        return list(islice(sampler, length))
+    """What a user's sampler draws in `epoch`, which it was told: without touching the global streams."""
+    with isolated(mix_seed(seed, epoch)), _generators_at(sampler, epoch):
+        drawn = list(islice(sampler, length))
+    if len(drawn) != length:
+        raise ConfigurationError(
+            f"{type(sampler).__name__} says that it has {length} items (its __len__), but drew {len(drawn)}. Let "
+            "__len__ return what __iter__ yields."
+        )
+    return drawn
+
+
+@contextmanager
+def _generators_at(sampler: Any, epoch: int) -> Iterator[None]:
+    """Inside, a sampler's own torch generators start from their seed and the epoch, so that resuming finds them so."""
+    found = [getattr(part, "generator", None) for part in (sampler, getattr(sampler, "sampler", None))]
+    held = [(g, g.get_state(), g.initial_seed()) for g in found if isinstance(g, torch.Generator)]
+    for generator, _, seed in held:
+        generator.manual_seed(mix_seed(seed, epoch))
+    try:
+        yield
+    finally:
+        for generator, state, _ in held:
+            generator.set_state(state)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell whatever wants to know it which epoch begins: loader, sampler, batch sampler, data set."""
-    for part in (
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = (
         loader,
         getattr(loader, "sampler", None),
-        getattr(loader, "batch_sampler", None),
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
         getattr(loader, "dataset", None),
-    ):
+    )
+    for part in {id(part): part for part in parts}.values():
         if (told := getattr(part, "set_epoch", None)) is not None:
             told(epoch)
+
+
+def has_state(part: Any) -> bool:
+    """True where a loader, data set or iterator can save its position, as torchdata's protocol has it."""
+    return all(callable(getattr(part, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def seed_of(loader: DataLoader[Any], seed: int) -> int:
@@ -137,6 +205,26 @@ def _is_loader(item: Any) -> bool:
     """Whatever can be iterated, but for what batches are made of."""
     batch_like = isinstance(item, (Tensor, str, bytes, Mapping)) or hasattr(item, "__array__")
     return hasattr(item, "__iter__") and not batch_like
+
+
+# --- what code says of itself -------------------------------------------------------------------------------------
+
+
+def names_used(what: type | CodeType | None, base: type = object) -> set[str]:
+    """The names, attributes and texts in a code object, or in the methods of a class and its bases below `base`."""
+    if what is None:
+        return set()
+    if isinstance(what, CodeType):
+        inner = [const for const in what.co_consts if isinstance(const, CodeType)]
+        texts = {const for const in what.co_consts if isinstance(const, str)}
+        return {*what.co_names, *what.co_freevars, *texts}.union(*map(names_used, inner))
+    names: set[str] = set()
+    for kind in what.__mro__:
+        if kind is base:
+            break
+        for method in vars(kind).values():
+            names |= names_used(getattr(method, "__code__", None))
+    return names
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------

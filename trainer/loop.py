@@ -23,12 +23,13 @@ from .rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
     from .control import Control
-    from .data import PlannedData, StreamedData, Window
+    from .data import PlannedData, StreamedData
     from .hooks import Hooks
     from .metrics import Metrics
     from .schedules import Schedulers, ValidationTimes
     from .state import Limits, Progress
     from .stepping import Stepper
+    from .windows import Window
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Fit:
     """All that training touches, resolved once before it starts.
 
     `reload_data` and `prepare_epoch` set what may change between epochs: `data`, `num_batches`, `training_step`.
-    `ghost_step` is the step for a micro-batch of weight zero, which a rank without samples repeats to keep up.
+    `ghost_step` is the step for a micro-batch that a rank without samples repeats to keep up: nothing of it counts.
     """
 
     strategy: Strategy
@@ -168,6 +169,7 @@ def train_window(fit: Fit, window: Window) -> bool:
     """Forward and backward for every micro-batch, then one optimizer step; False: skip the rest of the epoch."""
     hooks, metrics, progress, strategy, stepper = fit.hooks, fit.metrics, fit.progress, fit.strategy, fit.stepper
     last = len(window.scales) - 1
+    last_real = last - window.ghosts
     metrics.window += 1
     stepper.begin(window)
     for index, scale, weight, batch in zip(
@@ -183,7 +185,7 @@ def train_window(fit: Fit, window: Window) -> bool:
             strategy.sync_gradients(index == last)
 
         metrics.hook = "training_step"
-        output = (fit.training_step if weight != 0.0 else fit.ghost_step)(batch, batch_idx)
+        output = (fit.training_step if index <= last_real else fit.ghost_step)(batch, batch_idx)
         loss = output if isinstance(output, Tensor) else loss_of(output)
         if loss is None:
             stepper.skip_backward(index, batch_idx)
@@ -192,7 +194,8 @@ def train_window(fit: Fit, window: Window) -> bool:
                 check_loss(loss)
             if not stepper.cleared:
                 stepper.zero_grad(batch_idx)
-            scaled = strategy.scale(loss if scale == 1.0 else loss * scale)
+            # Asking a device tensor whether it is 1 would be a host sync.
+            scaled = strategy.scale(loss if type(scale) is float and scale == 1.0 else loss * scale)
             if stepper.keeps:
                 stepper.keep(batch, batch_idx, scale, scaled)
             for hook in hooks.on_before_backward:

@@ -332,7 +332,7 @@ class Metrics:
     def finish_epoch(self, step: int, epoch: int, samples: int, keep: bool = False) -> dict[str, int | None]:
         """Reduce and publish what an epoch of training or an evaluation logged. Collective.
 
-        Returns its epoch's names, bare ones too → the loader in which each was logged. With `keep` the epoch is not
+        Returns its epoch's names for the loggers → the loader in which each was logged. With `keep` the epoch is not
         over: what it logged goes on counting.
         """
         self.deliver(wait=True)
@@ -361,8 +361,7 @@ class Metrics:
         elif not keep:
             for entry in entries.values():
                 entry.start_anew()
-        ended = {name: label for name, label in labels.items() if label.of_epoch}
-        return {key: label.dataloader_idx for name, label in ended.items() for key in (name, label.bare_name)}
+        return {name: label.dataloader_idx for name, label in labels.items() if label.of_epoch and label.logger}
 
     def _complete(self, objects: dict[str, Any], ranks: Mapping[str, float], labels: Mapping[str, Label]) -> None:
         """Find the metric objects that only other ranks logged, as where this one had no batch."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigurationError
 from .datamodule import DataHooks
-from .hparams import HyperParameters
+from .hparams import HyperParameters, on_class_only
 from .rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Before weights and states are taken from `checkpoint`; edits to it are honoured."""
 
-    @classmethod
+    @on_class_only
     def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
@@ -299,9 +299,15 @@ class Module(HyperParameters, DataHooks, nn.Module):
     def clip_gradients(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradients of `optimizer` as the strategy does; the norm is logged as `grad_norm`."""
-        if gradient_clip_val is not None:
-            self.trainer._clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
+        """Clip the gradients of `optimizer` as the strategy does; the norm is logged as `grad_norm`.
+
+        What is left out is what the Trainer was given. Raises ConfigurationError for what contradicts that.
+        """
+        trainer = self.trainer
+        value = _agreed("gradient_clip_val", gradient_clip_val, trainer.gradient_clip_val)
+        algorithm = _agreed("gradient_clip_algorithm", gradient_clip_algorithm, trainer.gradient_clip_algorithm)
+        if value:
+            trainer._clip_gradients(optimizer, value, algorithm or "norm")
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """The optimizer, or the list of them, as thin wrappers whose `step` applies the precision policy."""
@@ -417,6 +423,14 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_trainer": None}
+
+
+def _agreed(name: str, given: Any, of_trainer: Any) -> Any:
+    if given is not None and of_trainer is not None and given != of_trainer:
+        raise ConfigurationError(
+            f"clip_gradients({name}={given!r}) contradicts Trainer({name}={of_trainer!r}). Give it in one of the two."
+        )
+    return of_trainer if given is None else given
 
 
 def require(module: Any) -> Module:

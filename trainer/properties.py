@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +29,10 @@ class TrainerProperties:
     """The read-only half of `Trainer`."""
 
     arguments: Arguments
+    batch_counts: dict[str, list[int | float]]
     callbacks: list[Callback]
     chosen_seed: tuple[int, bool] | None
-    data_settings: DataSettings
+    data_settings: DataSettings | None
     evaluation: Evaluation | None
     fit_run: Fit | None
     metrics: Metrics
@@ -67,52 +69,48 @@ class TrainerProperties:
 
     @property
     def num_training_batches(self) -> int | float:
-        """Micro-batches of one rank in an epoch; inf where the loader has no length."""
-        return 0 if self.train_data is None else self.train_data.num_batches
+        """Micro-batches of one rank in an epoch; inf where the loader has no length, or nobody knows it yet."""
+        return math.inf if self.train_data is None else self.train_data.num_batches
 
     @property
     def num_val_batches(self) -> list[int | float]:
         """Batches of each validation loader, over all ranks."""
-        return _counts(self.validation if self.state.fn is TrainerFn.FITTING else self._evaluation_of("validation"))
+        return self.batch_counts.get("validation", [])
 
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Batches of each validation loader in the sanity check."""
-        steps = self.arguments.num_sanity_val_steps
-        return [count if steps == -1 else min(count, steps) for count in self.num_val_batches]
+        return [min(count, self.num_sanity_val_steps) for count in self.num_val_batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:
         """Batches of each test loader, over all ranks."""
-        return _counts(self._evaluation_of("test"))
+        return self.batch_counts.get("test", [])
 
     @property
     def num_predict_batches(self) -> list[int | float]:
         """Batches of each prediction loader, over all ranks."""
-        return _counts(self._evaluation_of("predict"))
-
-    def _evaluation_of(self, stage: str) -> Evaluation | None:
-        for run in (self.evaluation, self.validation):
-            if run is not None and run.stage == stage:
-                return run
-        return None
+        return self.batch_counts.get("predict", [])
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps that `fit` will take, as far as is known; usable in configure_optimizers."""
-        if self.train_data is None:
-            raise RuntimeError("estimated_stepping_batches is known from configure_optimizers on, inside fit().")
-        limits, data = self.arguments, self.train_data
+        """Optimizer steps that `fit` will take, as far as is known; from `setup` on. Asks for the training loader."""
+        limits, data = self.arguments, self.load_train_data()
         steps = estimated_stepping_batches(limits.max_epochs, limits.max_steps, data.num_batches, data.micro_batches)
         for callback in self.callbacks:
             if hasattr(callback, "estimated_steps"):  # the accumulation is another in other epochs
                 steps = callback.estimated_steps(limits.max_epochs, limits.max_steps, data.num_batches, steps)
         return steps
 
+    def load_train_data(self) -> PlannedData | StreamedData:
+        """The training data of `fit`, made when first asked for."""
+        raise NotImplementedError
+
     @property
     def accumulate_grad_batches(self) -> int:
         """Micro-batches of a rank in a window. While `fit` runs, what is set counts from the next epoch on."""
-        return self.data_settings.accumulate if self._is_fitting else self.arguments.accumulate_grad_batches
+        settings = self._settings_of_fit
+        return self.arguments.accumulate_grad_batches if settings is None else settings.accumulate
 
     @accumulate_grad_batches.setter
     def accumulate_grad_batches(self, factor: int) -> None:
@@ -122,18 +120,18 @@ class TrainerProperties:
                 f"accumulate_grad_batches={factor} contradicts global_batch_size={self.arguments.global_batch_size}, from "
                 "which it is derived. Leave global_batch_size out."
             )
-        if not self._is_fitting:
+        settings = self._settings_of_fit
+        if settings is None:
             self.arguments.accumulate_grad_batches = factor
             return
-        settings = self.data_settings
         if settings.global_batch_size is not None:  # kept from a run on another number of ranks
             settings.global_batch_size = settings.global_batch_size // settings.accumulate * factor
         settings.accumulate = factor
 
     @property
-    def _is_fitting(self) -> bool:
-        running = self.state.status is TrainerStatus.RUNNING
-        return running and self.state.fn is TrainerFn.FITTING and self.train_data is not None
+    def _settings_of_fit(self) -> DataSettings | None:
+        running = self.state.status is TrainerStatus.RUNNING and self.state.fn is TrainerFn.FITTING
+        return self.data_settings if running else None
 
     # --- limits -----------------------------------------------------------------------------------------------
     @property
@@ -193,8 +191,8 @@ class TrainerProperties:
         return math.inf if steps == -1 else steps
 
     @property
-    def val_check_interval(self) -> int | float:
-        """As given."""
+    def val_check_interval(self) -> int | float | timedelta:
+        """As given; a time as a timedelta."""
         return self.arguments.val_check_interval
 
     @property
@@ -273,6 +271,11 @@ class TrainerProperties:
     def sanity_checking(self) -> bool:
         """The validation before training is under way."""
         return self.state.stage is RunningStage.SANITY_CHECKING
+
+    @property
+    def interrupted(self) -> bool:
+        """The last call ended with an exception."""
+        return self.state.status is TrainerStatus.INTERRUPTED
 
     @property
     def evaluating(self) -> bool:
@@ -377,6 +380,11 @@ class TrainerProperties:
         return next(iter(self.early_stopping_callbacks), None)
 
     @property
+    def profiler(self) -> Any:
+        """The callback that measures, or None."""
+        return next((callback for callback in self.callbacks if hasattr(callback, "trace_paths")), None)
+
+    @property
     def progress_bar_callback(self) -> Any:
         """The progress bar, or None."""
         return next((callback for callback in self.callbacks if hasattr(callback, "get_metrics")), None)
@@ -385,10 +393,6 @@ class TrainerProperties:
     def enable_validation(self) -> bool:
         """Whether `fit` validates."""
         return self.validation is not None
-
-
-def _counts(run: Evaluation | None) -> list[int | float]:
-    return [] if run is None else [data.num_batches for data in run.data]
 
 
 def _all(limit: int | float | None) -> int | float:

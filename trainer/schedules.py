@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from .agreed_clock import AgreedClock
 from .optim import SchedulerConfig, due, step_scheduler
 from .state import Progress
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
 
 
 class Schedulers:
@@ -57,12 +62,17 @@ class Schedulers:
 class ValidationTimes:
     """When validation is due inside an epoch.
 
-    `interval` is a number of micro-batches, or a fraction of the epoch; `every_n_epochs` None counts micro-batches
-    across epochs.
+    `interval` is a number of micro-batches, a fraction of the epoch, or a time since the last validation ended;
+    `every_n_epochs` None counts micro-batches across epochs.
     """
 
-    def __init__(self, enabled: bool, interval: int | float, every_n_epochs: int | None) -> None:
+    def __init__(
+        self, enabled: bool, interval: int | float | timedelta, every_n_epochs: int | None, strategy: Strategy
+    ) -> None:
         self._enabled = enabled
+        self._strategy = strategy
+        self._clock = AgreedClock(interval.total_seconds()) if isinstance(interval, timedelta) else None
+        self._clock_stands = True
         self._interval = interval
         self._every_n_epochs = every_n_epochs
         self._batches: int | float = math.inf  # at the epoch's end
@@ -75,6 +85,10 @@ class ValidationTimes:
         self._ended = False
         if not self._enabled:
             return
+        if self._clock is not None:
+            self._wind_up(self._clock, progress.global_step)
+            return
+        assert not isinstance(self._interval, timedelta)
         if isinstance(self._interval, int):
             if self._every_n_epochs is not None and self._interval > num_batches:
                 raise ConfigurationError(
@@ -99,6 +113,8 @@ class ValidationTimes:
         before, self._seen = self._seen, self._count(progress)
         if stopping:
             return True
+        if self._clock is not None:
+            return self._time_is_up(self._clock, progress.global_step)
         if self._batches == math.inf:
             ended, self._ended = self._ended, last
             return last and not ended
@@ -106,8 +122,21 @@ class ValidationTimes:
 
     def due_at_the_end(self, progress: Progress) -> bool:
         """At the end of the data, sooner than its length said or without one: whether validation runs now."""
+        if self._clock is not None:
+            return False
         validated = self._ended or progress.validated_at == progress.total_batches  # the latter: before a resume
         return self._batches == math.inf and not validated and self._epoch_counts(progress)
+
+    def _time_is_up(self, clock: AgreedClock, step: int) -> bool:
+        self._wind_up(clock, step)
+        self._clock_stands = clock.is_over(step, self._strategy)
+        return self._clock_stands
+
+    def _wind_up(self, clock: AgreedClock, step: int) -> None:
+        """The interval begins with the run, and again when a validation has ended."""
+        if self._clock_stands:
+            clock.start(step)
+            self._clock_stands = False
 
     def _epoch_counts(self, progress: Progress) -> bool:
         return self._enabled and (self._every_n_epochs is None or (progress.epoch + 1) % self._every_n_epochs == 0)

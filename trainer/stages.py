@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from . import prefetch
+from .backend_flags import backend_flags
 from .callback import Callback
 from .checkpoint import choose, run_state
 from .control import Control
-from .data import DataSettings, PlannedData, training_data
+from .data import DataSettings, PlannedData, StreamedData, training_data
 from .datamodule import DataHooks, DataModule
 from .evaluate import Evaluation, evaluate
 from .evaluation_data import evaluation_data
@@ -45,10 +46,13 @@ def running(
     state = trainer.state
     state.fn, state.stage, state.status = fn, _first_stage(fn), TrainerStatus.RUNNING
     trainer.should_stop = False
-    trainer.connect()
+    trainer.connect(module)
     strategy = trainer.strategy
     try:
-        with reported(rank=strategy.rank, world_size=strategy.world_size, where=trainer.whereabouts):
+        with (
+            reported(rank=strategy.rank, world_size=strategy.world_size, where=trainer.whereabouts),
+            backend_flags(trainer.arguments.deterministic, trainer.arguments.benchmark),
+        ):
             _attach(trainer, module, datamodule)
             choose.choose_for(trainer, ckpt_path)
             _prepare_data(trainer, module, datamodule)
@@ -58,8 +62,6 @@ def running(
         state.status = TrainerStatus.INTERRUPTED
         _tell_of(exception, trainer, module, datamodule)
         raise
-    else:
-        state.status = TrainerStatus.FINISHED
     finally:
         try:
             trainer.saver.finish_alone()
@@ -68,6 +70,7 @@ def running(
             trainer.saver.close()
             trainer.release_run_folder()
         state.stage = None
+    state.status = TrainerStatus.FINISHED
 
 
 def _first_stage(fn: TrainerFn) -> RunningStage:
@@ -99,6 +102,8 @@ def _attach(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
         trainer.chosen_seed = (seed, drawn)
         if drawn and trainer.world_size > 1:
             seed_generators(seed)
+    if trainer.state.fn is TrainerFn.FITTING:
+        trainer.data_settings = _data_settings(trainer, module)
 
 
 def _prepare_data(trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
@@ -123,6 +128,7 @@ def _set_up(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
     with trainer.strategy.building():
         module.configure_model()
     trainer.strategy.place(module, trainer.precision_policy)
+    trainer.load_wanted_weights()
 
 
 def _tell_of(exception: BaseException, trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
@@ -145,32 +151,23 @@ def _tear_down(trainer: Trainer, module: Module, datamodule: DataModule | None) 
 
 
 # --- fit -------------------------------------------------------------------------------------------------------
-def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any) -> Fit:
+def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
     """Everything between the set-up hooks and `on_train_start`."""
     strategy, metrics, hooks, arguments = trainer.strategy, trainer.metrics, trainer.hooks, trainer.arguments
-    checkpoint = None if trainer.ckpt_path is None else run_state.read(trainer.ckpt_path)
+    checkpoint = None if trainer.ckpt_path is None else run_state.read(trainer, trainer.ckpt_path)
     if checkpoint is not None:
         run_state.check_resumable(checkpoint, str(trainer.ckpt_path))
-        trainer.chosen_seed = checkpoint["paceline"]["seed"], False
-    trainer.data_settings = DataSettings(
-        seed=trainer.seed,
-        accumulate=arguments.accumulate_grad_batches,
-        global_batch_size=arguments.global_batch_size,
-        limit=arguments.limit_of("train"),
-        loss_weight=module.loss_weight if overridden(module, "loss_weight", Module) else None,
-        take_over=arguments.use_distributed_sampler,
-        overfit=arguments.overfit_batches,
-    )
-    trainer.train_data = _training_data(trainer, module, loaders)
-    if checkpoint is not None:
-        run_state.restore_weights(trainer, checkpoint)  # before `adopt`: a callback may set the accumulation
-        trainer.train_data.adopt(checkpoint["paceline"]["data"])
+        _take_seed(trainer, checkpoint["paceline"]["seed"])
+        run_state.restore_weights(trainer, checkpoint)  # what the data module and callbacks know, before the loaders
     trainer.progress = Progress()
     optimizers, configs = parse_optimizers(module.configure_optimizers(), module.automatic_optimization)
     for optimizer in optimizers:
         strategy.check_optimizer(optimizer)
     trainer.optimizers, trainer.lr_scheduler_configs = optimizers, configs
+    data = trainer.load_train_data()
+    check_same_data(trainer, data)
     if checkpoint is not None:
+        data.adopt(checkpoint["paceline"]["data"])
         run_state.restore_progress(trainer, checkpoint)
         run_state.restore_metrics(trainer, checkpoint)
     strategy.wrap()
@@ -208,7 +205,7 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
             lambda hook: setattr(metrics, "hook", hook),
         ),
         validation=ValidationTimes(
-            validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch
+            validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch, strategy
         ),
         stepper=stepper,
         start_streams=lambda: _start_streams(trainer, checkpoint),
@@ -222,7 +219,7 @@ def prepare_fit(trainer: Trainer, module: Module, loaders: Any, val_loaders: Any
     )
     stepper.fit = fit
     trainer.fit_run = fit
-    fit.data = trainer.train_data
+    fit.data = data
     fit.num_batches = fit.data.num_batches
     trainer.say_what_was_chosen()
     _call(hooks.on_fit_start)
@@ -249,15 +246,41 @@ def _save_where_due(trainer: Trainer, fit: Fit) -> None:
             hook(*fit.last_batch)
 
 
-def _training_data(trainer: Trainer, module: Module, loaders: Any) -> Any:
-    source = loaders if loaders is not None else _from_hooks(trainer, module, "train_dataloader")
+def _data_settings(trainer: Trainer, module: Module) -> DataSettings:
+    arguments = trainer.arguments
+    return DataSettings(
+        seed=trainer.seed,
+        accumulate=arguments.accumulate_grad_batches,
+        global_batch_size=arguments.global_batch_size,
+        limit=arguments.limit_of("train"),
+        loss_weight=module.loss_weight if overridden(module, "loss_weight", Module) else None,
+        take_over=arguments.use_distributed_sampler,
+        overfit=arguments.overfit_batches,
+    )
+
+
+def _take_seed(trainer: Trainer, seed: int) -> None:
+    """The seed of the run that goes on; data that `setup` has asked for already is made again with it."""
+    assert trainer.data_settings is not None
+    trainer.chosen_seed, trainer.train_data = (seed, False), None
+    trainer.data_settings.seed = seed
+
+
+def training_data_of(trainer: Trainer, module: Module, settings: DataSettings) -> PlannedData | StreamedData:
+    """The training data from the loaders that `fit` was given, or from the hooks. It communicates nothing."""
+    given = trainer.given_train_loaders
+    source = given if given is not None else _from_hooks(trainer, module, "train_dataloader")
     trainer.train_dataloader = source
-    settings = trainer.data_settings
     data = training_data(source, trainer.strategy, settings)
-    if isinstance(data, PlannedData):
-        check_alike(data.user_loader, trainer.strategy)
     data.to_device = _device_stream(trainer, module, data.user_loader)
+    _ = data.num_batches  # raises where a limit cannot be kept
     return data
+
+
+def check_same_data(trainer: Trainer, data: PlannedData | StreamedData) -> None:
+    """Refuse ranks that see different training data; collective."""
+    if trainer.arguments.use_distributed_sampler:
+        check_alike("training", [data.user_loader], trainer.strategy)
 
 
 def _device_stream(trainer: Trainer, module: Module, loader: Any) -> Callable[[Iterator[Any]], Iterator[Any]] | None:
@@ -312,7 +335,9 @@ def _reload_data(trainer: Trainer, fit: Fit, module: Module) -> None:
     every = trainer.arguments.reload_dataloaders_every_n_epochs
     if every and fit.progress.batches_in_epoch == 0 and fit.progress.epoch and fit.progress.epoch % every == 0:
         if trainer.reloads_train:
-            trainer.train_data = fit.data = _training_data(trainer, module, None)
+            trainer.train_data = None
+            fit.data = trainer.load_train_data()
+            check_same_data(trainer, fit.data)
         if trainer.validation is not None and trainer.reloads_val:
             trainer.validation = _validation(trainer, module, None)
 
@@ -322,14 +347,17 @@ def _prepare_epoch(trainer: Trainer, fit: Fit, module: Module) -> None:
     fit.strategy.wrap()
     step = without_missing(module.training_step, 2, "batch_idx")
     fit.training_step = fit.strategy.training_step(step) if fit.automatic else fit.strategy.evaluation_step(step)
-    fit.ghost_step = _ghost(fit.training_step, module)
+    fit.ghost_step = _ghost(fit.training_step, trainer)
+    fit.data.set_epoch(fit.progress.epoch)
     fit.num_batches = fit.data.num_batches
     fit.validation.begin_epoch(fit.num_batches, fit.progress)
 
 
-def _ghost(step: Callable[..., Any], module: Module) -> Callable[..., Any]:
+def _ghost(step: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
+    """`step`, of which nothing but the loss remains, which is to be multiplied by zero."""
+
     def ghost_step(*args: Any) -> Any:
-        with untouched(module):
+        with untouched(trainer.lightning_module), trainer.metrics.silent():
             return step(*args)
 
     return ghost_step
@@ -352,11 +380,13 @@ def _sanity_check(trainer: Trainer, validation: Evaluation) -> None:
 def _validation(trainer: Trainer, module: Module, loaders: Any) -> Evaluation | None:
     """Validation inside `fit`; None where there is no validation_step or no loader."""
     trainer.validation = None
+    trainer.batch_counts["validation"] = []
     if trainer.arguments.limit_of("val") == 0 or not overridden(module, "validation_step", Module):
         return None
     if loaders is None and not _has_hook(trainer, module, "val_dataloader"):
         return None
-    trainer.validation = prepare_evaluation(trainer, module, "validate", loaders)
+    validation = prepare_evaluation(trainer, module, "validate", loaders)
+    trainer.validation = validation if any(trainer.num_val_batches) else None
     return trainer.validation
 
 
@@ -380,6 +410,9 @@ def prepare_evaluation(trainer: Trainer, module: Module, fn: str, loaders: Any) 
         f"limit_{short}_batches",
         arguments.use_distributed_sampler,
     )
+    if arguments.use_distributed_sampler:
+        check_alike(stage, [one.user_loader for one in data], strategy)
+    trainer.batch_counts[stage] = [one.num_batches for one in data]
     step = without_missing(getattr(module, f"{stage}_step"), 3, "batch_idx", "dataloader_idx")
     inside_fit = trainer.state.fn is TrainerFn.FITTING
     return Evaluation(
@@ -399,7 +432,7 @@ def prepare_evaluation(trainer: Trainer, module: Module, fn: str, loaders: Any) 
 def prepare_call(trainer: Trainer, module: Module, fn: str, loaders: Any) -> Evaluation:
     """A validate, test or predict of its own: weights from the checkpoint that was asked for, then the data."""
     if trainer.ckpt_path is not None:
-        run_state.restore_weights(trainer, run_state.read(trainer.ckpt_path))
+        run_state.restore_weights(trainer, run_state.read(trainer, trainer.ckpt_path))
     return prepare_evaluation(trainer, module, fn, loaders)
 
 

@@ -19,11 +19,11 @@ from .optim import OptimizerHandle
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
-    from .data import Window
     from .hooks import Hooks
     from .loop import Fit
     from .metrics import Metrics
     from .module import Module
+    from .windows import Window
 
 
 class Stepper:

@@ -7,7 +7,7 @@ happens around them is `stages.py`. The long tail of this file is the properties
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,21 +18,24 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from .. import callbacks as builtin
+from ..callbacks.silent_logger import SilentLogger
 from ..errors import CheckpointError, ConfigurationError
 from ..strategies import ddp as _ddp  # noqa: F401  registers its names
 from ..strategies import fsdp as _fsdp  # noqa: F401
 from ..strategies import hsdp as _hsdp  # noqa: F401
 from ..strategies import single as _single  # noqa: F401
-from ..strategies.auto import choose
+from ..strategies.auto import Choice, by_size, choose
 from ..strategies.base import Strategy
 from ..strategies.cluster import find_cluster
+from ..strategies.estimate import measure, table
 from ..strategies.precision import parse_precision
-from . import launch, stages
+from . import estimating, launch, stages, verify
 from .arguments import Arguments, refuse_unknown
 from .callback import Callback
 from .checkpoint.run_folder import FolderLock, claim_version_folder
 from .checkpoint.run_state import BeforeValidation, save_checkpoint
 from .checkpoint.saver import FollowUp, Saver
+from .checkpoint.weights import WeightsRequest, load_weights
 from .data import DataSettings, PlannedData, StreamedData
 from .datamodule import DataModule
 from .evaluate import Evaluation, evaluate, gathered
@@ -95,24 +98,24 @@ class Trainer(TrainerProperties):
         sync_batchnorm: bool = False,
         profiler: Any = None,
         barebones: bool = False,
+        compile: bool | str | dict[str, Any] = False,  # noqa: A002 (torch's word)
         **unknown: Any,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "unknown")}
         refuse_unknown(unknown, given)
+        self.given = given
         self.arguments = Arguments.checked(given)
         self.precision_policy = parse_precision(precision)
         self._cluster = find_cluster()
-        self._choice = choose(strategy, accelerator, devices, num_nodes, self._cluster, launch.is_possible())
-        self.strategy = self._choice.strategy
-        local_rank = 0 if self._cluster is None else self._cluster.local_rank
-        self.strategy.take_place(self._choice.device_of(local_rank), self._cluster)
-        self.strategy.sync_batchnorm |= sync_batchnorm
+        if estimating.asked() is not None:  # for machines that are not here
+            accelerator, devices, num_nodes = "cpu", 1, 1
+            strategy = strategy if isinstance(strategy, Strategy) else "auto"
+        self._use(choose(strategy, accelerator, devices, num_nodes, self._cluster, launch.is_possible()))
         self._connected = False
 
         self.state = TrainerState()
         self.progress = Progress()
         self.should_stop = False
-        self.interrupted = False
         self.chosen_seed: tuple[int, bool] | None = None
         self.ckpt_path: str | None = None
         self.module: Module | None = None
@@ -124,18 +127,19 @@ class Trainer(TrainerProperties):
         self.val_dataloaders: Any = None
         self.test_dataloaders: Any = None
         self.predict_dataloaders: Any = None
-        self.data_settings: DataSettings
+        self.data_settings: DataSettings | None = None
+        self.given_train_loaders: Any = None
         self.hooks: Hooks
         self.fit_run: Fit | None = None
         self.validation: Evaluation | None = None
         self.before_validation: BeforeValidation | None = None
         self.evaluation: Evaluation | None = None
+        self.batch_counts: dict[str, list[int | float]] = {}
         self.reloads_train = self.reloads_val = True
+        self._wanted_weights: list[WeightsRequest] = []
         self.run_folder: str | None = None
         self._folder_lock: FolderLock | None = None
-        self.saver = Saver(self.strategy)
-        self.metrics = self._metrics = Metrics(self.strategy, self._deliver)
-        self.set_callbacks(_with_defaults(callbacks, logger, self.arguments))
+        self.set_callbacks(_with_defaults(callbacks, logger, profiler, self.arguments))
 
     # --- the four calls ----------------------------------------------------------------------------------------
     def fit(
@@ -150,10 +154,14 @@ class Trainer(TrainerProperties):
         module = require(model)
         train, datamodule = _loaders(train_dataloaders, datamodule)
         self.arguments.check_fit(module)
+        if steps := os.environ.pop(verify.VARIABLE, ""):
+            data = {"train_dataloaders": train, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
+            verify.verify_instead(self, module, data, steps)
+        self.given_train_loaders = train
         self.reloads_train, self.reloads_val = train is None, val_dataloaders is None
-        self.fit_run = self.train_data = self.before_validation = None
+        self.fit_run = self.train_data = self.data_settings = self.before_validation = None
         with stages.running(self, TrainerFn.FITTING, module, datamodule, _path(ckpt_path)):
-            fit = stages.prepare_fit(self, module, train, val_dataloaders)
+            fit = stages.prepare_fit(self, module, val_dataloaders)
             with torch.autograd.set_detect_anomaly(self.arguments.detect_anomaly):
                 run_fit(fit)
             self.strategy.sync_buffers()
@@ -252,16 +260,51 @@ class Trainer(TrainerProperties):
         return self.module, _path(ckpt_path)
 
     # --- what the loops and callbacks ask of the trainer ---------------------------------------------------------
-    def connect(self) -> None:
-        """Become a rank: join those that a launcher started, or start them and end this process with their code."""
+    def _use(self, choice: Choice) -> None:
+        """Take the strategy of `choice`, and what works through it."""
+        self._choice, self.strategy = choice, choice.strategy
+        self.strategy.take_place(choice.device_of(self._local_rank), self._cluster)
+        self.strategy.sync_batchnorm |= self.given["sync_batchnorm"]
+        self.saver = Saver(self.strategy)
+        self.metrics = self._metrics = Metrics(self.strategy, self._deliver)
+        self.metrics.muted = self.arguments.barebones
+
+    @property
+    def _local_rank(self) -> int:
+        return 0 if self._cluster is None else self._cluster.local_rank
+
+    def connect(self, module: Module | None = None) -> None:
+        """Become a rank: join those that a launcher started, or start them and end this process with their code.
+
+        `strategy="auto"` becomes the one that suits the size of `module`.
+        """
         if self._connected:
             return
+        if module is not None and (asked := estimating.asked()) is not None:
+            memory = None if asked.memory_gb is None else int(asked.memory_gb * 1e9)
+            sizes = measure(estimating.built(module, self))
+            print(table(sizes, self.precision_policy, asked.devices, asked.num_nodes, memory), flush=True)
+            raise estimating.Estimated
         if self._cluster is None and self._choice.ranks_here * self._choice.num_nodes > 1:
             launch.start_ranks(self._choice.ranks_here, self._choice.num_nodes)
+        if module is not None and self._choice.automatic:
+            sizes = measure(estimating.built(module, self))
+            chosen = by_size(self._choice, sizes, self.precision_policy, self._local_rank)
+            if chosen.strategy is not self.strategy:
+                self._use(chosen)
+            self._choice = chosen
         self.strategy.connect(self._cluster)
-        for channel in ("control", "metrics", "data"):  # made together: making one is a collective
+        for channel in ("control", "metrics", "data", "checkpoint"):  # made together: making one is a collective
             self.strategy.channel(channel)
         self._connected = True
+
+    def load_train_data(self) -> PlannedData | StreamedData:
+        """The training data of `fit`, made when first asked for."""
+        if self.train_data is None:
+            if self.module is None or self.data_settings is None:
+                raise RuntimeError("The training data is known inside fit(), from setup on.")
+            self.train_data = stages.training_data_of(self, self.module, self.data_settings)
+        return self.train_data
 
     def claim_run_folder(self) -> None:
         """The first call that will write takes the next free `version_N`; all ranks know it, and `fit` holds it."""
@@ -297,6 +340,7 @@ class Trainer(TrainerProperties):
         """A validation run of `fit`."""
         assert self.validation is not None
         before, self.state.stage = self.state.stage, RunningStage.VALIDATING
+        self.validation.module.on_validation_model_zero_grad()
         self.strategy.sync_buffers()
         self.before_validation = BeforeValidation.now(self.validation.module)
         evaluate(self.validation)
@@ -334,8 +378,38 @@ class Trainer(TrainerProperties):
         return save_checkpoint(self, filepath, weights_only, wait, follow_up or FollowUp())
 
     def settle_saves(self) -> None:
-        """Wait until what is being saved is durable, on every rank; raises the CheckpointError of a save that failed."""
+        """Wait, on every rank, until what is being saved is durable; raises CheckpointError for a save that failed."""
         self.saver.settle()
+
+    def verify_resume(
+        self,
+        model: Module,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        steps: int = 3,
+    ) -> verify.Verified:
+        """Prove on this model and data that resuming is exact: see `verify.py`. The result prints as one sentence."""
+        train, datamodule = _loaders(train_dataloaders, datamodule)
+        return verify.verify_resume(self, require(model), train, val_dataloaders, datamodule, steps)
+
+    def load_weights(self, path: str | os.PathLike[str], *, prefix: str = "", strict: bool = True) -> None:
+        """Weights from a file, an index or a checkpoint straight into the module, each rank reading what it holds.
+
+        `path` is a path or URL of a `.safetensors` file, of Hugging Face's index of several, of a folder with either,
+        or of a checkpoint of ours. `prefix` names the part of the module that the names in the file belong to, as
+        "encoder.". Before the module is in its place, as in `setup` or before `fit`, this is done once it is. Without
+        `strict` names that only one side has are a warning. Raises CheckpointError.
+        """
+        self._wanted_weights.append(WeightsRequest(os.fspath(path), prefix, strict))
+        if self.strategy.module is not None and self.strategy.module is self.module:
+            self.load_wanted_weights()
+
+    def load_wanted_weights(self) -> None:
+        """Do what `load_weights` was asked for before the module was in its place."""
+        while self._wanted_weights:
+            named = {name: tensor for name, tensor in self.strategy.named_state() if isinstance(tensor, Tensor)}
+            load_weights(self._wanted_weights.pop(0), named)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0, above the progress bar."""
@@ -352,7 +426,7 @@ class Trainer(TrainerProperties):
         if not self.is_global_zero or self.fit_run is None or self.arguments.barebones:
             return
         strategy, data = self.strategy, self.fit_run.data
-        micro, accumulate = data.batch_size, self.data_settings.accumulate
+        micro, accumulate = data.batch_size, self.accumulate_grad_batches
         ranks = strategy.data_ranks
         if self.arguments.global_batch_size is not None:
             whole = self.arguments.global_batch_size
@@ -429,9 +503,11 @@ def _loaders(loaders: Any, datamodule: DataModule | None) -> tuple[Any, DataModu
     return loaders, datamodule
 
 
-def _with_defaults(callbacks: Callback | Sequence[Callback] | None, logger: Any, arguments: Any) -> list[Callback]:
+def _with_defaults(
+    callbacks: Callback | Sequence[Callback] | None, logger: Any, profiler: Any, arguments: Any
+) -> list[Callback]:
     """The user's callbacks, the loggers, and the built-in ones that are on by default."""
-    given = [] if callbacks is None else [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     for callback in given:
         if not isinstance(callback, Callback):
             raise ConfigurationError(
@@ -439,23 +515,34 @@ def _with_defaults(callbacks: Callback | Sequence[Callback] | None, logger: Any,
                 "paceline.Callback."
             )
     loggers = _loggers(logger, arguments, given)
-    has_bar = any(isinstance(cb, builtin.ProgressBar) for cb in given)
+    bars = [cb for cb in given if isinstance(cb, builtin.ProgressBar)]
     has_checkpoint = any(isinstance(cb, builtin.ModelCheckpoint) for cb in given)
     if has_checkpoint and not arguments.enable_checkpointing and not arguments.fast_dev_run:
         raise ConfigurationError("enable_checkpointing=False, but callbacks holds a ModelCheckpoint. Leave one out.")
-    if has_bar and not arguments.enable_progress_bar:
+    if bars and not arguments.enable_progress_bar:
         raise ConfigurationError("enable_progress_bar=False, but callbacks holds a progress bar. Leave one out.")
+    if len(bars) > 1:
+        raise ConfigurationError(
+            f"callbacks holds {len(bars)} progress bars, which would write over each other. Keep one."
+        )
     defaults: list[Callback] = []
-    if arguments.enable_progress_bar and not has_bar:
+    profiling = builtin.Profiler.from_argument(profiler)
+    if profiling is not None and profiling not in given:
+        defaults.append(profiling)
+    if arguments.enable_progress_bar and not bars:
         defaults.append(builtin.TQDMProgressBar())
+    if arguments.enable_model_summary and not any(isinstance(cb, builtin.ModelSummary) for cb in given):
+        defaults.append(builtin.ModelSummary())
     if arguments.enable_checkpointing and not has_checkpoint:
         defaults.append(builtin.ModelCheckpoint())
     return [*given, *loggers, *defaults]
 
 
 def _loggers(logger: Any, arguments: Any, given: list[Callback]) -> list[Callback]:
-    if arguments.fast_dev_run or logger is False or (logger is None and arguments.barebones):
+    if logger is False or (logger is None and arguments.barebones):
         return []
+    if arguments.fast_dev_run:
+        return [SilentLogger()]
     if logger is None or logger is True:
         return [] if any(isinstance(cb, builtin.Logger) for cb in given) else [builtin.JSONLLogger()]
     loggers = list(logger) if isinstance(logger, (list, tuple)) else [logger]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, loader, tiny_trainer
 from paceline.callbacks import CSVLogger, DeviceStatsMonitor, LambdaCallback
 from paceline.callbacks.device_stats import device_stats
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, loader, tiny_trainer
 
 CPU = ["cpu_percent", "cpu_swap_percent", "cpu_vm_percent"]
 
@@ -54,7 +55,9 @@ def test_a_subclass_logs_under_its_own_name() -> None:
 
 
 def test_nothing_is_logged_of_a_cpu_that_is_not_wanted() -> None:
-    assert not any("DeviceStats" in name for _, metrics in points(DeviceStatsMonitor(cpu_stats=False)) for name in metrics)
+    assert not any(
+        "DeviceStats" in name for _, metrics in points(DeviceStatsMonitor(cpu_stats=False)) for name in metrics
+    )
 
 
 def test_tests_are_watched_too() -> None:

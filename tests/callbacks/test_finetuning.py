@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, assert_same, loader, samples, tiny_trainer, weights
 from paceline.callbacks import BackboneFinetuning, BaseFinetuning, LambdaCallback
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, assert_same, loader, samples, tiny_trainer, weights
 
 
 class Net(Regression):
@@ -34,7 +35,10 @@ class Net(Regression):
         optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.02)
         if self.schedule is None:
             return optimizer
-        config = {"scheduler": self.schedule(optimizer), "interval": self.interval, "monitor": "loss"}
+        scheduler = self.schedule(optimizer)
+        config = {"scheduler": scheduler, "interval": self.interval}
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            config["monitor"] = "loss"
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -169,7 +173,10 @@ SCHEDULES: dict[str, tuple[Callable[[Any], Any], str]] = {
         ),
         "step",
     ),
-    "chained": (lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o), lr_scheduler.StepLR(o, 3)]), "step"),
+    "chained": (
+        lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o), lr_scheduler.StepLR(o, 3)]),
+        "step",
+    ),
     "polynomial": (lambda o: lr_scheduler.PolynomialLR(o, 20), "epoch"),
     "plateau": (lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0), "epoch"),
 }
@@ -180,18 +187,11 @@ def test_a_schedule_goes_on_with_the_groups_that_join_in_its_proportion(name: st
     def run(limits: Any, path: str | None = None) -> tuple[Any, Net, list[list[float]]]:
         schedule, interval = SCHEDULES[name]
         module, rates = Net(schedule, interval), []
-        module_monitors = name == "plateau"
-        if not module_monitors:
-            module.configure_optimizers = lambda: without_monitor(Net.configure_optimizers(module))  # type: ignore
         trainer = tiny_trainer(callbacks=[Thaw(), rates_note(rates)], **limits)
         trainer.fit(module, loader(8, batch_size=4), ckpt_path=path)
         return trainer, module, rates
 
-    def without_monitor(config: Any) -> Any:
-        del config["lr_scheduler"]["monitor"]
-        return config
-
-    trainer, straight, rates = run({"max_epochs": 5})
+    _, straight, rates = run({"max_epochs": 5})
     assert [len(now) for now in rates] == [1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
     for now in rates[2:]:
         assert now[1] / now[0] == pytest.approx(0.1, rel=1e-3)
@@ -214,7 +214,9 @@ def test_the_backbone_is_frozen_then_trained_at_rates_of_its_own(caplog: pytest.
     caplog.set_level(logging.INFO, "paceline")
     rates: list[list[float]] = []
     frozen = []
-    note = LambdaCallback(on_train_epoch_end=lambda _, module: frozen.append(not module.backbone[0].weight.requires_grad))
+    note = LambdaCallback(
+        on_train_epoch_end=lambda _, module: frozen.append(not module.backbone[0].weight.requires_grad)
+    )
     finetuning = BackboneFinetuning(2, lambda_func=lambda epoch: 3.0, verbose=True)
     module = Net()
     start = weights(module)

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, adam, assert_same, by_hand, global_batches, loader, tiny_trainer, weights
 from paceline.callbacks import GradientAccumulationScheduler, LambdaCallback
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, adam, assert_same, by_hand, global_batches, loader, tiny_trainer, weights
 
 SCHEDULE = {1: 2, 3: 4}
 
@@ -132,5 +133,3 @@ def test_a_run_of_two_ranks_is_resumed_on_one_with_the_same_windows(tmp_path: An
     trainer.fit(module, loader(16, batch_size=1), ckpt_path=path)
     assert trainer.global_step == 18
     assert_same(module, by_hand(batches_of_the_schedule(), adam), 1e-6)
-
-

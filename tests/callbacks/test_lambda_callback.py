@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from helpers.tiny import Regression, loader, tiny_trainer
 from paceline.callbacks import Callback, LambdaCallback
 from paceline.callbacks.lambda_callback import HOOKS
 from paceline.errors import ConfigurationError, UnknownArgumentError
+
+from helpers.tiny import Regression, loader, tiny_trainer
 
 
 class Net(Regression):

@@ -214,7 +214,7 @@ def logged_run(
     """Validates every 4 updates, saves all `every` updates; `validations` happened before `ckpt_path` was saved."""
     model = Scripted()
     model.validations = validations
-    saves = ModelCheckpoint(f"{folder}/ckpts", "{step}", every_n_train_steps=every, save_top_k=-1)
+    saves = ModelCheckpoint(f"{folder}/ckpts", "{step}", every_n_train_steps=every, save_top_k=-1, async_save=False)
     options: dict[str, Any] = {"log_every_n_steps": 1, "val_check_interval": 4}
     run = trainer(folder, saves, *callbacks, logger=file_loggers(Path(folder)), **options)
     run.fit(model, loader(), loader(2), ckpt_path=ckpt_path)

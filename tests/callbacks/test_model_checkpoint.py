@@ -15,7 +15,7 @@ import torch
 
 import paceline as pl
 from paceline.callbacks import Callback, ModelCheckpoint
-from paceline.callbacks.agreed_clock import AgreedClock, steps_to_wait
+from paceline.trainer.agreed_clock import AgreedClock, steps_to_wait
 from paceline.callbacks.checkpoint_names import format_name
 from paceline.callbacks.top_k import best, comparable, qualifies, worst
 from paceline.errors import ConfigurationError
@@ -506,7 +506,7 @@ def test_asking_for_the_time_gets_closer_in_halves() -> None:
 
 def test_an_hour_of_steps_asks_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("paceline.callbacks.agreed_clock.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("paceline.trainer.agreed_clock.time.monotonic", lambda: now[0])
     asked, clock = [], AgreedClock(3600.0)
 
     class Alone:

@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, loader, tiny_trainer, weights
 from paceline.callbacks import ModelSummary
 from paceline.callbacks.model_summary import human_count, rich_table, summarize
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, loader, tiny_trainer, weights
 
 
 class Deep(Regression):

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from helpers.ranks import RanksFailed, run_ranks
-from helpers.tiny import Regression, adam, assert_same, loader, tiny_trainer
 from paceline.callbacks import OnExceptionCheckpoint
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import RanksFailed, run_ranks
+from helpers.tiny import Regression, adam, assert_same, loader, tiny_trainer
 
 
 class Breaking(Regression):
@@ -67,9 +68,7 @@ def test_ctrl_c_is_an_exception_too_and_a_taken_name_is_kept() -> None:
     for _ in range(2):
         callback = OnExceptionCheckpoint("saved", filename="last words")
         with pytest.raises(KeyboardInterrupt):
-            tiny_trainer(callbacks=[callback], max_epochs=2).fit(
-                Breaking(1, exception=KeyboardInterrupt), loader(8)
-            )
+            tiny_trainer(callbacks=[callback], max_epochs=2).fit(Breaking(1, exception=KeyboardInterrupt), loader(8))
     assert callback.ckpt_path == os.path.join("saved", "last words.ckpt")
     assert sorted(os.listdir("saved")) == ["last words-v1.ckpt", "last words.ckpt"]
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Numbers, Regression, numbers, tiny_trainer
 from paceline.callbacks import BasePredictionWriter, PredictionWriter
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Numbers, Regression, numbers, tiny_trainer
 
 
 class Doubling(Regression):
@@ -95,9 +96,10 @@ def test_misuse_is_refused_before_the_first_batch() -> None:
     assert BasePredictionWriter is PredictionWriter
     with pytest.raises(ConfigurationError, match="batch_and_epoch"):
         PredictionWriter("step")  # type: ignore[arg-type]
-    for interval, missing in (("batch", "write_on_batch_end"), ("epoch", "write_on_epoch_end")):
+    needed: Any = {"batch": "write_on_batch_end", "epoch": "write_on_epoch_end"}
+    for interval, missing in needed.items():
         with pytest.raises(ConfigurationError, match=f"no {missing}"):
-            tiny_trainer(callbacks=[PredictionWriter(interval)]).predict(Doubling(), numbers(2))  # type: ignore
+            tiny_trainer(callbacks=[PredictionWriter(interval)]).predict(Doubling(), numbers(2))
 
 
 def writes_on_a_rank() -> Any:

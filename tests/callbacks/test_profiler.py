@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, assert_same, loader, tiny_trainer
 from paceline.callbacks import Callback, LambdaCallback, Profiler
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, assert_same, loader, tiny_trainer
 
 SECONDS = 0.01
 
@@ -53,8 +54,8 @@ def test_phases_fill_the_time_and_hooks_are_inside(capsys: pytest.CaptureFixture
     assert phases["forward"].calls == phases["backward"].calls == phases["optimizer step"].calls == 8
     assert 16 * SECONDS < phases["forward"].seconds < 22 * SECONDS
     assert 8 * SECONDS < phases["backward"].seconds < 14 * SECONDS
-    assert 4 * SECONDS < phases["optimizer step"].seconds
-    assert 4 * SECONDS < phases["validation step"].seconds
+    assert phases["optimizer step"].seconds > 4 * SECONDS
+    assert phases["validation step"].seconds > 4 * SECONDS
     assert phases["sanity check"].seconds > 2 * SECONDS
     assert took * 0.8 < sum(spent.seconds for spent in phases.values()) < took
     hook = profiler.times.hooks["SlowHook.on_train_batch_end"]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, update_bn
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, assert_same, loader, samples, tiny_trainer, weights
 from paceline.callbacks import LambdaCallback, StochasticWeightAveraging
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, assert_same, loader, samples, tiny_trainer, weights
 
 
 class Net(Regression):
@@ -123,9 +124,7 @@ def test_stopped_before_its_end_a_run_keeps_its_own_weights() -> None:
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_a_resumed_run_is_exact(steps: int, scheduled: bool) -> None:
     def trainer(**limits: Any) -> Any:
-        return tiny_trainer(
-            callbacks=[StochasticWeightAveraging(0.2, 3, annealing_epochs=2)], max_epochs=5, **limits
-        )
+        return tiny_trainer(callbacks=[StochasticWeightAveraging(0.2, 3, annealing_epochs=2)], max_epochs=5, **limits)
 
     straight, resumed = Net(norm=True, scheduled=scheduled), Net(norm=True, scheduled=scheduled)
     trainer().fit(straight, loader(8))

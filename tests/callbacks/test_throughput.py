@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, loader, tiny_trainer
 from paceline.callbacks import LambdaCallback, ThroughputMonitor
 from paceline.callbacks.throughput import Work
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, loader, tiny_trainer
 
 SECONDS = 0.01
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, loader, tiny_trainer
 from paceline.callbacks import ModelCheckpoint, Timer
 from paceline.errors import ConfigurationError
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, loader, tiny_trainer
 
 
 class Slow(Regression):

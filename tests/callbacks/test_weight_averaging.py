@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, adam, assert_same, loader, tiny_trainer, weights
 from paceline.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint, WeightAveraging
+from paceline.callbacks.averaged_weights import AveragedWeights
 from paceline.errors import ConfigurationError
 from paceline.trainer.checkpoint.load import load
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, adam, assert_same, loader, tiny_trainer, weights
 
 DECAY = 0.8
 
@@ -288,22 +290,43 @@ def test_state_survives_a_round_trip_without_a_run() -> None:
 def test_misuse_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="Give one of them"):
         WeightAveraging(avg_fn=mean, multi_avg_fn=get_ema_multi_avg_fn())
-    with pytest.raises(ConfigurationError, match="decay=1.5"):
+    with pytest.raises(ConfigurationError, match=r"decay=1\.5"):
         EMAWeightAveraging(decay=1.5)
     with pytest.raises(ConfigurationError, match="update_every_n_steps=-1"):
         EMAWeightAveraging(update_every_n_steps=-1)
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------
-def averages_on_a_rank() -> Any:
+def averages_on_a_rank(strategy: str, save_to: str = "", resume_from: str | None = None) -> Any:
     module = Regression(adam)
-    trainer = tiny_trainer(callbacks=[WeightAveraging()], strategy="ddp", devices=2, max_epochs=2)
-    trainer.fit(module, loader(8, batch_size=1))
-    return weights(module)
+    limits = {"max_steps": 5} if save_to else {"max_epochs": 2}
+    trainer = tiny_trainer(callbacks=[WeightAveraging()], strategy=strategy, devices=2, **limits)
+    trainer.fit(module, loader(8, batch_size=1), ckpt_path=resume_from)
+    if save_to:
+        return trainer.save_checkpoint(save_to)
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in weights(module).items()}
 
 
-def test_every_rank_has_the_same_average() -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_every_rank_has_the_same_average_also_after_a_resume(strategy: str, tmp_path: Path) -> None:
     module = Regression(adam)
     tiny_trainer(callbacks=[WeightAveraging()], max_epochs=2).fit(module, loader(8))
-    for result in run_ranks(averages_on_a_rank, 2):
+    straight = run_ranks(averages_on_a_rank, 2, strategy)
+    for result in straight:
         assert_same(result, module, 1e-6)
+    path = run_ranks(averages_on_a_rank, 2, strategy, save_to=str(tmp_path / "middle.ckpt"))[0]
+    for result in run_ranks(averages_on_a_rank, 2, strategy, resume_from=path):
+        assert_same(result, straight[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_update_waits_for_no_device() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).cuda()
+    average = AveragedWeights(module)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for function in (None, get_ema_multi_avg_fn(DECAY)):
+            average.update(module, multi_avg_fn=function)
+        average.swap(module)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

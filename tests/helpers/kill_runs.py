@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -63,7 +64,10 @@ def forked(work: Callable[[], Any], result: Path) -> tuple[int, Callable[[], int
                 outcome = work()
             result.write_bytes(pickle.dumps(outcome))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
 
     def wait() -> int:

@@ -1,7 +1,7 @@
 """A small model of repeated layers and what trains it, for tests of strategies that shard.
 
-    trained(steps=4)                                              # one process
-    run_ranks(trained_on_ranks, 2, strategy="fsdp", steps=4)      # real ranks; equal, but for the order of sums
+trained(steps=4)                                              # one process
+run_ranks(trained_on_ranks, 2, strategy="fsdp", steps=4)      # real ranks; equal, but for the order of sums
 """
 
 from __future__ import annotations

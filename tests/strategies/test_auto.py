@@ -231,7 +231,7 @@ def fit_two_ranks() -> None:
 
 def test_only_rank_0_says_what_was_chosen() -> None:
     first, second = run_ranks(fit_two_ranks, 2).outputs
-    assert "paceline: DDP (several ranks" in first
+    assert "paceline: DDP (auto: states of " in first
     assert "2 x cpu, precision 32-true, global batch 4 = 2 x 1 x 2" in first
     assert "paceline:" not in second
 

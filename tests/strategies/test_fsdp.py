@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paceline.strategies import FSDP, HSDP
+
 from helpers.ranks import RanksFailed, run_ranks
 from helpers.sharded import Layered, batches, full_weights, strategy_of, trained, trained_on_ranks
 from helpers.tiny import assert_same, tiny_trainer
-from paceline.strategies import FSDP, HSDP
 
 TOLERANCE = 1e-6
 CUT = {"count": 20, "batch_size": 2, "global_batch_size": 8}  # windows of 8, 8 and 4 in micro-batches of at most 2
@@ -253,7 +254,11 @@ def refused(kind: type[Layered], options: dict[str, Any], strategy: str) -> None
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (ReturnsNone, {}, "training_step returned None under FSDP, where every rank must go backward. Return `loss * 0`"),
+        (
+            ReturnsNone,
+            {},
+            "training_step returned None under FSDP, where every rank must go backward. Return `loss * 0`",
+        ),
         (Empty, {}, "Empty has no parameters"),
         (Few, {}, "Few has 1 parameter(s), fewer than the 2 ranks"),
         (MakesLBFGS, {}, "LBFGS cannot be used with FSDP"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import paceline as pl
+
 from helpers.ranks import RanksFailed, run_ranks
 from helpers.sharded import Block, Layered, batches, full_weights, strategy_of, trained
 from helpers.tiny import assert_same, tiny_trainer

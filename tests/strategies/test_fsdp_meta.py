@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import paceline as pl
+
 from helpers.ranks import RanksFailed, run_ranks
 from helpers.sharded import WIDTH, Layered, batches, full_weights, strategy_of
 from helpers.tiny import assert_same, tiny_trainer
@@ -108,7 +109,14 @@ def fit_late(kind: type[Late], options: dict[str, Any], strategy: str | None, **
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(Late, {}), (Late, {"tied": True}), (Late, {"frozen": ["first"]}), (Attending, {}), (Initialised, {}), (OwnReset, {})],
+    [
+        (Late, {}),
+        (Late, {"tied": True}),
+        (Late, {"frozen": ["first"]}),
+        (Attending, {}),
+        (Initialised, {}),
+        (OwnReset, {}),
+    ],
 )
 @pytest.mark.parametrize(("strategy", "ranks"), [("fsdp", 2), ("fsdp", 3), ("hsdp", 2)])
 def test_a_model_built_late_starts_as_on_one_process(
@@ -128,16 +136,20 @@ def test_a_model_built_late_starts_as_on_one_process(
 
 
 def test_a_model_built_late_in_bfloat16_is_the_float_one_rounded() -> None:
-    (start, *_), (found, *_) = fit_late(Late, {}, None, precision="bf16-true"), run_ranks(
-        fit_late, 2, Late, {}, "fsdp", precision="bf16-true"
-    )[0]
+    (start, *_), (found, *_) = (
+        fit_late(Late, {}, None, precision="bf16-true"),
+        run_ranks(fit_late, 2, Late, {}, "fsdp", precision="bf16-true")[0],
+    )
     assert_same(found, start)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Forgotten, "'scale' was built on the meta device and nothing initialises it. Define reset_parameters() in Forgo"),
+        (
+            Forgotten,
+            "'scale' was built on the meta device and nothing initialises it. Define reset_parameters() in Forgo",
+        ),
         (ForgottenBuffer, "'blocks.1.mask' was built on the meta device"),
     ],
 )

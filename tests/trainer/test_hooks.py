@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import paceline as pl
-from helpers.ranks import run_ranks
-from helpers.tiny import Regression, Sums, loader, numbers, tiny_trainer
 from paceline.errors import ConfigurationError
 from paceline.trainer.hooks import REMOVED_HOOKS, SHARED_HOOKS, Hooks
+
+from helpers.ranks import run_ranks
+from helpers.tiny import Regression, Sums, loader, numbers, tiny_trainer
 
 STAGES = ("validation", "test", "predict")
 MOMENTS = ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
@@ -33,7 +34,8 @@ MODULE_ONLY = (
     "lr_scheduler_step"
 )
 DATA = f"{TRANSFER} setup teardown prepare_data train_dataloader val_dataloader state_dict load_state_dict on_exception"
-MODES = [f"on_{stage}_model_{mode}" for stage in STAGES for mode in ("eval", "train")]
+MODES = ["on_validation_model_zero_grad"]
+MODES += [f"on_{stage}_model_{mode}" for stage in STAGES for mode in ("eval", "train")]
 
 
 def recording(who: str, base: type, hooks: list[str], calls: list[str]) -> Any:
@@ -72,7 +74,6 @@ class Data(pl.DataModule):
 
     def val_dataloader(self) -> Any:
         return loader(2)
-
 
     def state_dict(self) -> dict[str, Any]:
         return {"read": 3}
@@ -114,6 +115,7 @@ def expand(text: str) -> list[str]:
 
 
 VALIDATION = """
+{start}
 LM.on_validation_model_eval
 BOTH.on_validation_start
 BOTH.on_validation_epoch_start
@@ -164,7 +166,7 @@ def test_the_order_of_all_hooks_of_fit() -> None:
         DM.val_dataloader
         BOTH.on_fit_start
         CB.on_sanity_check_start
-        {VALIDATION.format(end=ENDS)}
+        {VALIDATION.format(start="", end=ENDS)}
         CB.on_sanity_check_end
         BOTH.on_train_start
         BOTH.on_train_epoch_start
@@ -172,7 +174,7 @@ def test_the_order_of_all_hooks_of_fit() -> None:
         {middle} {step} {end}
         {first} {step} {end}
         LM.lr_scheduler_step
-        {VALIDATION.format(end=ENDS)}
+        {VALIDATION.format(start="LM.on_validation_model_zero_grad", end=ENDS)}
         BOTH.on_train_epoch_end
         ACTS.on_train_epoch_end
         BOTH.on_train_end
@@ -253,7 +255,7 @@ def test_two_callbacks_run_in_the_order_of_the_list() -> None:
     assert calls == ["first.on_train_start", "second.on_train_start", "first.on_fit_end", "second.on_fit_end"]
 
 
-# --- what hooks are given ---------------------------------------------------------------------------------------------
+# --- what hooks are given -------------------------------------------------------------------------------------------
 def test_callbacks_get_the_trainer_and_the_module_before_what_the_module_gets() -> None:
     class Checks(pl.Callback):
         seen: dict[str, tuple[Any, ...]]
@@ -340,7 +342,7 @@ def test_transfer_hooks_change_the_batch_and_those_of_the_data_module_go_first()
     assert module.seen == [[2200, 2202]]
 
 
-# --- which hooks run ------------------------------------------------------------------------------------------------------
+# --- which hooks run ------------------------------------------------------------------------------------------------
 def test_a_run_that_overrides_nothing_dispatches_nothing() -> None:
     class Bare(pl.Module):
         pass
@@ -429,7 +431,7 @@ def test_prepare_data_runs_once_a_node_or_once_and_all_else_on_every_rank(per_no
     assert second == first[0 if per_node else 1 :]
 
 
-# --- misspelt and removed hooks ----------------------------------------------------------------------------------------------
+# --- misspelt and removed hooks -------------------------------------------------------------------------------------
 def with_method(name: str, base: type) -> Any:
     return type("Mine", (base,), {name: lambda self, *args: None})()
 
@@ -492,8 +494,8 @@ def test_a_hook_that_lightning_removed_is_refused_with_the_way_to_write_it_now(n
 
 @pytest.mark.parametrize(
     "name",
-    ["step", "shared_step", "compute_loss", "on_gpu_only", "evaluate", "encode", "training_step_for_gan", "reset", "train_step",
-     "my_validation_step", "setup_layers", "configure_sampler", "log_images"],
+    ["step", "shared_step", "compute_loss", "on_gpu_only", "evaluate", "encode", "training_step_for_gan", "reset",
+     "train_step", "my_validation_step", "setup_layers", "configure_sampler", "log_images"],
 )  # fmt: skip
 def test_helpers_may_have_names_of_their_own(name: str) -> None:
     tiny_trainer(callbacks=with_method(name, pl.Callback)).fit(with_method(name, Sums), numbers(2))

@@ -338,7 +338,7 @@ def test_two_nodes_form_one_job_and_the_failure_of_one_ends_both() -> None:
     ("words", "message"),
     [
         (["lauch", "train.py"], "there is no command 'lauch'. Did you mean 'launch'?"),
-        (["frobnicate"], "there is no command 'frobnicate'. There are: launch."),
+        (["frobnicate"], "there is no command 'frobnicate'. There are: launch, "),
         (["launch", "--devices", "0", "x.py"], "argument --devices: 0 is not at least 1"),
         (["launch", "--devices", "two", "x.py"], "argument --devices"),
         (["launch", "x.py"], "there is no file 'x.py' here"),

@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +27,19 @@ from .storage import Storage, storage_of
 
 @dataclass
 class Weights:
-    """A state dict and the hyper-parameters beside it; `left_out` names those that could not be read."""
+    """A state dict and the hyper-parameters beside it; `left_out` names those that could not be read.
+
+    `extra` has the epoch, the step and the optimizers' states of a Lightning checkpoint, `read_state` reads all else
+    that a checkpoint of ours holds.
+    """
 
     state_dict: dict[str, Any]
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     hparams_name: str | None = None
     init_names: list[str] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    read_state: Callable[[], Any] = dict
 
 
 def load_weights_of(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Weights:
@@ -47,6 +54,7 @@ def load_weights_of(path: str | os.PathLike[str], device: str | torch.device = "
             hyper_parameters if isinstance(hyper_parameters, dict) else {},
             hparams_name=loaded.state_item("hparams_name"),
             init_names=loaded.state_item("hparams_init_names"),
+            read_state=lambda: loaded.state,
         )
     if place.endswith(".safetensors"):
         return Weights({name: tensor.to(device) for name, tensor in read_safetensors(storage, place).items()})
@@ -69,7 +77,14 @@ def _from_torch(path: str, content: Any, replaced: list[Any]) -> Weights:
     left_out: list[str] = []
     kept = _without(hyper_parameters or {}, {id(item) for item in replaced}, "", left_out)
     name = content.get("hparams_name") if state_dict is not content else None
-    return Weights(dict(state_dict), kept if isinstance(kept, dict) else {}, left_out, hparams_name=name)
+    extra = {key: content.get(key) for key in ("epoch", "global_step", "optimizer_states")}
+    return Weights(
+        dict(state_dict),
+        kept if isinstance(kept, dict) else {},
+        left_out,
+        hparams_name=name,
+        extra=extra if state_dict is not content else {},
+    )
 
 
 def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, list[Any]]:

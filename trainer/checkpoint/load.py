@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from .blocks import BlockReader, FileRecord
+from .boxes import as_sharded, box_of, new_like
 from .encode import decode, tensor_names
 from .index import Box, Index, Part, TensorRecord, merge
 from .manifest import MANIFEST, TREES, Manifest, manifest_in
@@ -81,9 +83,7 @@ class Loaded:
     @cached_property
     def model(self) -> dict[str, Any]:
         """The model's state dict; tied weights are one tensor under several names."""
-        where = self._where(TREES)
-        extra: dict[str, Any] = decode(take(self._trees, "extra", dict, where), self._read("extra"), f"{where}: model")
-        return self._read("model", device=self._device) | extra
+        return self._read("model", device=self._device) | self.extra()
 
     @cached_property
     def optimizer(self) -> Any:
@@ -100,6 +100,41 @@ class Loaded:
         tree = self._trees.get("state")
         tree = tree.get(key) if type(tree) is dict else None
         return decode(tree, self._read("state", set(tensor_names(tree))), f"{self._where(TREES)}: {key}")
+
+    def tensor_shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """The tensors of a part, by each of their names."""
+        held = self._part(part)
+        shapes = {name: record.shape for name, record in held.tensors.items()}
+        return shapes | {alias: shapes[other] for alias, other in held.aliases.items()}
+
+    def read_as(self, part: str, like: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The tensors of a part; those with a DTensor in `like` sharded like it, reading no more than this rank's."""
+        held = self._part(part)
+        names = {name: held.aliases.get(name, name) for name in like}
+        whole = {other for name, other in names.items() if like[name] is None}
+        read = self._read(part, whole) if whole else {}
+        with self._files() as files:
+            for name, other in names.items():
+                target = like[name]
+                if target is not None and other not in read:
+                    read[other] = _read_like(files, other, held.tensors[other], target)
+        return {name: read[other] for name, other in names.items()}
+
+    def tree_as(self, part: str, like: Mapping[str, Tensor | None]) -> Any:
+        """The tree of a part with its tensors as by `read_as`."""
+        return decode(self._trees.get(part), self.read_as(part, like), f"{self._where(TREES)}: {part}")
+
+    def extra(self) -> dict[str, Any]:
+        """What of the model's state dict is no tensor."""
+        where = self._where(TREES)
+        found: dict[str, Any] = decode(take(self._trees, "extra", dict, where), self._read("extra"), f"{where}: model")
+        return found
+
+    def model_files(self) -> tuple[Files, dict[str, TensorRecord]]:
+        """The open files, to be closed by the caller, and the model's tensors by each of their names."""
+        part = self._part("model")
+        records = part.tensors | {alias: part.tensors[other] for alias, other in part.aliases.items()}
+        return Files(self._storage, self.path, self.manifest.files), records
 
     def check_structure(self) -> None:
         """Everything but the bytes of tensors: index, headers, trees."""
@@ -152,8 +187,8 @@ class Loaded:
     def _tree(self, part: str) -> Any:
         return decode(self._trees.get(part), self._read(part), f"{self._where(TREES)}: {part}")
 
-    def _files(self) -> contextlib.closing[_Files]:
-        return contextlib.closing(_Files(self._storage, self.path, self.manifest))
+    def _files(self) -> contextlib.closing[Files]:
+        return contextlib.closing(Files(self._storage, self.path, self.manifest.files))
 
     def _read(self, name: str, only: set[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The tensors of a part, or only some of them."""
@@ -164,13 +199,13 @@ class Loaded:
         return tensors | {alias: tensors[other] for alias, other in part.aliases.items() if other in tensors}
 
 
-class _Files:
+class Files:
     """The open safetensors files of a checkpoint, with their headers."""
 
-    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, folder: str, records: Mapping[str, FileRecord | None]) -> None:
         self._storage = storage
         self._folder = folder
-        self._manifest = manifest
+        self._records = records  # None: a file of others, without checksums
         self._open: dict[str, tuple[BlockReader, dict[str, Entry]]] = {}
 
     def entries(self, file: str) -> dict[str, Entry]:
@@ -208,6 +243,24 @@ class _Files:
             tensors[name][tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))] = piece
         return {name: tensors[name] for name in records}
 
+    def read_box(self, name: str, record: TensorRecord, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A box of a tensor, from whichever boxes are stored; whole rows of these are read and no others."""
+        result = torch.empty(tuple(shape), dtype=record.dtype)
+        for box in record.boxes:
+            begin = [max(a, b) for a, b in zip(offset, box.offset, strict=True)]
+            end = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, box.offset, box.shape, strict=True)]
+            if any(b >= e for b, e in zip(begin, end, strict=True)):
+                continue
+            entry = self.place(record, name, box)
+            first, rows = (begin[0] - box.offset[0], end[0] - begin[0]) if begin else (0, 1)
+            piece, stored = empty_host_tensor(record.dtype, (rows, *box.shape[1:]) if begin else ())
+            row_bytes = record.dtype.itemsize * math.prod(box.shape[1:])
+            self._opened(box.file)[0].read_into(bytes_of(stored), entry.start + first * row_bytes)
+            ranges = list(zip(begin, end, box.offset, strict=True))[1:]
+            taken = piece[(slice(None), *(slice(b - o, e - o) for b, e, o in ranges))] if begin else piece
+            result[tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, offset, strict=True))] = taken
+        return result
+
     def close(self) -> None:
         """Close them all."""
         for reader, _ in self._open.values():
@@ -215,11 +268,11 @@ class _Files:
 
     def _opened(self, file: str) -> tuple[BlockReader, dict[str, Entry]]:
         if file not in self._open:
-            if file not in self._manifest.files or not _is_tensors(file):
+            if file not in self._records or not _is_tensors(file):
                 raise CheckpointError(
                     f"{self._folder}: the index names {file!r:.200}, which is no tensor file of the manifest."
                 )
-            reader = BlockReader(self._storage, self._storage.join(self._folder, file), self._manifest.files[file])
+            reader = BlockReader(self._storage, self._storage.join(self._folder, file), self._records[file])
             self._open[file] = reader, {}  # close() must see it even if its header is refused
             self._open[file] = reader, read_header(reader)
         return self._open[file]
@@ -239,6 +292,18 @@ def read_safetensors(storage: Storage, path: str) -> dict[str, Tensor]:
             tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
             reader.read_into(bytes_of(tensors[name]), entry.start)
     return tensors
+
+
+@torch.no_grad()
+def _read_like(files: Files, name: str, record: TensorRecord, target: Tensor) -> Tensor:
+    """A tensor of the checkpoint, sharded like `target`."""
+    new = new_like(target, record.dtype)
+    box = box_of(target)
+    if box is None:
+        return as_sharded(files.read({name: record})[name], target)
+    new.to_local().copy_(files.read_box(name, record, *box))
+    result: Tensor = new
+    return result
 
 
 def _problem(check: Callable[[], None]) -> list[str]:
@@ -267,7 +332,7 @@ def _listing_problems(storage: Storage, folder: str, manifest: Manifest) -> list
     return problems + [f"{name} is not in the manifest" for name in sorted(extra) if not name.startswith(".")]
 
 
-def _places(part: Part, records: Mapping[str, TensorRecord], files: _Files) -> Iterable[tuple[str, str]]:
+def _places(part: Part, records: Mapping[str, TensorRecord], files: Files) -> Iterable[tuple[str, str]]:
     """The file and key of every box, after comparing them with the headers."""
     for name, tensor in records.items():
         for box in tensor.boxes:

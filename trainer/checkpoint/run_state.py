@@ -19,6 +19,7 @@ from .load import load
 from .optimizer import load_optimizer_state_by_name, optimizer_state_by_name
 from .save import Prepared, prepare
 from .saver import FollowUp
+from .sharded import ShardedCheckpoint
 
 if TYPE_CHECKING:
     from ..module import Module
@@ -33,7 +34,7 @@ def save_checkpoint(
     checkpoint = collect(trainer, weights_only)
     prepared: Prepared | None = None
     refusal: CheckpointError | None = None
-    if trainer.is_global_zero:
+    if trainer.is_global_zero or trainer.strategy.sharded:
         try:
             prepared = prepare(
                 model=checkpoint.pop("state_dict"),
@@ -44,6 +45,7 @@ def save_checkpoint(
                     "epoch": trainer.current_epoch,
                     "world_size": trainer.world_size,
                 },
+                rank=trainer.global_rank,
             )
         except CheckpointError as error:
             refusal = error
@@ -86,6 +88,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         }
         if trainer.datamodule is not None:
             checkpoint["datamodule_hyper_parameters"] = trainer.datamodule._hparams_to_store()
+            checkpoint["datamodule_hparams_name"] = trainer.datamodule._hparams_name
             if state := trainer.datamodule.state_dict():
                 checkpoint[type(trainer.datamodule).__qualname__] = state
     for callback in trainer.callbacks:
@@ -111,7 +114,10 @@ class BeforeValidation:
 
 def _of_rank(trainer: Trainer) -> dict[str, Any]:
     """What every rank has of its own."""
-    state = {"random": random_state(), "metrics": trainer.metrics.state_dict(trainer.lightning_module)}
+    progress = trainer.progress
+    state: dict[str, Any] = {"random": random_state(), "metrics": trainer.metrics.state_dict(trainer.lightning_module)}
+    if trainer.train_data is not None:
+        state["data"] = trainer.train_data.position(progress.epoch, progress.windows_in_epoch)
     before = trainer.before_validation
     if before is not None and trainer.progress.due[:1] == ["validation"]:
         state["random"] = before.random
@@ -120,14 +126,19 @@ def _of_rank(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dict of the checkpoint at `path`; CheckpointError."""
+def read(trainer: Trainer, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dict of the checkpoint at `path`; CheckpointError. What the module has as a shard is read as one."""
     loaded = load(path)
-    if not isinstance(loaded.state, Mapping):
+    if trainer.strategy.sharded:
+        shards = ShardedCheckpoint(loaded, dict(trainer.strategy.named_state()))
+        model, state, optimizer = shards.model(), shards.state(), shards.optimizer()
+    else:
+        model, state, optimizer = loaded.model, loaded.state, loaded.optimizer
+    if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds no state of a run. Use load_from_checkpoint to read its weights.")
-    checkpoint = {"state_dict": loaded.model, **loaded.state}
-    if loaded.optimizer is not None:
-        checkpoint["optimizer_states"] = loaded.optimizer
+    checkpoint = {"state_dict": model, **state}
+    if optimizer is not None:
+        checkpoint["optimizer_states"] = optimizer
     return checkpoint
 
 
@@ -163,8 +174,12 @@ def restore_progress(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if progress.due == ["next_epoch"]:
         progress.end_epoch()
     assert trainer.train_data is not None
+    trainer.train_data.set_epoch(progress.epoch)
     batches = progress.windows_in_epoch * trainer.train_data.micro_batches
     progress.batches_in_epoch = int(min(batches, trainer.train_data.num_batches))
+    states = checkpoint["paceline"]["ranks"]
+    if len(states) == trainer.world_size:
+        trainer.train_data.find(states[trainer.global_rank].get("data"))
 
 
 def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

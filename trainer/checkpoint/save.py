@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from .blocks import FileRecord, record_of, write_blocks
+from .boxes import piece_of
 from .encode import encode
 from .index import Piece, index_name, index_record, into_files, merge, without_aliases
 from .manifest import MANIFEST, TREES, encode_meta, manifest_bytes, manifest_in
@@ -62,9 +63,14 @@ class Prepared:
     meta: dict[str, Any]
 
 
-def prepare(*, model: Mapping[str, Any], optimizer: Any = None, state: Any = None, meta: Mapping[str, Any]) -> Prepared:
-    """The first half of `save`: raises CheckpointError for what cannot be stored. Nothing is written or copied."""
-    parts, aliases, trees = _take_apart(model, optimizer, state)
+def prepare(
+    *, model: Mapping[str, Any], optimizer: Any = None, state: Any = None, meta: Mapping[str, Any], rank: int = 0
+) -> Prepared:
+    """The first half of `save`: raises CheckpointError for what cannot be stored. Nothing is written or copied.
+
+    Of sharded tensors it takes what `rank` is to write, of all others everything on rank 0 and nothing elsewhere.
+    """
+    parts, aliases, trees = _take_apart(model, optimizer, state, rank)
     return Prepared(parts, aliases, trees, encode_meta(meta))
 
 
@@ -74,7 +80,7 @@ def write(path: str | os.PathLike[str], prepared: Prepared, file_bytes: int = FI
     files = {part: into_files(part, pieces, file_bytes, 0, 1) for part, pieces in prepared.parts.items() if pieces}
     index = index_record(files, prepared.aliases, 0, 1)
     merge([(INDEX, index)])  # proves the cover
-    with _errors_named(wanted), Draft(storage, wanted) as draft:
+    with errors_named(wanted), Draft(storage, wanted) as draft:
         records = {INDEX: draft.claim(INDEX, write_json(index, INDEX))}
         records[TREES] = write_blocks(storage, draft.path(TREES), [memoryview(write_json(prepared.trees, TREES))])
         for name, pieces in itertools.chain.from_iterable(part.items() for part in files.values()):
@@ -86,7 +92,7 @@ def remove(path: str | os.PathLike[str]) -> None:
     """Remove a checkpoint; from its first step on it counts no more. What is no valid one is left, with an error."""
     storage, folder = storage_of(path)
     manifest = manifest_in(storage, folder)
-    with _errors_named(folder, "removed"):
+    with errors_named(folder, "removed"):
         if isinstance(storage, Disk):
             parent, name = storage.split(folder)
             doomed = storage.join(parent, temporary_name(name))
@@ -109,10 +115,15 @@ class Draft:
     def __enter__(self) -> Draft:
         return self
 
+    @property
+    def folder(self) -> str:
+        """Where its files go."""
+        assert self._folder is not None, "claim() comes first"
+        return self._folder
+
     def path(self, name: str) -> str:
         """Where to write the file `name`."""
-        assert self._folder is not None, "claim() comes first"
-        return self._storage.join(self._folder, name)
+        return self._storage.join(self.folder, name)
 
     def claim(self, name: str, data: bytes) -> FileRecord:
         """Make the folder and write its first file. On an object store that file is what makes the folder ours."""
@@ -168,7 +179,7 @@ def _rename_to_free_name(disk: Disk, folder: str, wanted: str) -> str:
 
 
 def _take_apart(
-    model: Mapping[str, Any], optimizer: Any, state: Any
+    model: Mapping[str, Any], optimizer: Any, state: Any, rank: int
 ) -> tuple[dict[str, list[Piece]], dict[str, dict[str, str]], dict[str, Any]]:
     """The pieces of each part, the aliases of each part, and the trees of state.json."""
     tensors: dict[str, dict[str, Tensor]] = {"model": {k: v for k, v in model.items() if isinstance(v, Tensor)}}
@@ -183,8 +194,9 @@ def _take_apart(
     tensors["extra"] = extra_tensors
     parts, aliases = {}, {}
     for part, named in tensors.items():
-        kept, aliases[part] = without_aliases(named)
-        parts[part] = [Piece.whole(name, tensor) for name, tensor in kept.items()]
+        pieces = {name: piece for name, tensor in named.items() if (piece := piece_of(name, tensor, rank)) is not None}
+        kept, aliases[part] = without_aliases({name: piece.tensor for name, piece in pieces.items()})
+        parts[part] = [pieces[name] for name in kept]
     return parts, aliases, trees
 
 
@@ -205,7 +217,7 @@ def _versions(path: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _errors_named(path: str, what: str = "saved") -> Iterator[None]:
+def errors_named(path: str, what: str = "saved") -> Iterator[None]:
     """An error of the disk as a CheckpointError that names the path and the cause."""
     try:
         yield

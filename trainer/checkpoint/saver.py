@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ...errors import CheckpointError
 from ..rank_zero import rank_zero_warn
 from .save import Prepared, write
+from .sharded import write_sharded
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -113,10 +114,11 @@ class Saver:
         try:
             if snapshot is not None:
                 snapshot.wait()
-            saved = write(path, prepared)
-            follow_up.then(saved)
+            saved = write_sharded(path, prepared, self._strategy) if self._strategy.sharded else write(path, prepared)
+            if self._strategy.is_global_zero:
+                follow_up.then(saved)
             outcome = Outcome(path, saved)
-        except Exception as error:  # of any storage's library; settle() raises it again on every rank
+        except Exception as error:  # noqa: BLE001  # any library's; settle() raises it again on every rank
             told = str(error) if isinstance(error, CheckpointError) else f"{path}: {type(error).__name__}: {error}"
             failure = CheckpointError(told if self._strategy.world_size == 1 else f"rank {self._strategy.rank}: {told}")
             failure.__cause__ = error

@@ -76,7 +76,7 @@ def named_dtype(name: str, where: str) -> torch.dtype:
 
 def why_not_storable(tensor: Tensor) -> str | None:
     """Why `tensor` cannot be written, to follow "is a tensor that", or None if it can."""
-    if hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "placements"):  # a DTensor is stored by boxes
         return f"is a {type(tensor).__name__}, whose data lie in other tensors. Store those, or its plain form."
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}. Store its indices and values, or its to_dense()."

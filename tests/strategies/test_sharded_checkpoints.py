@@ -1,0 +1,162 @@
+"""Checkpoints between strategies and numbers of ranks: saved by one, continued by another, optimizer included."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import paceline as pl
+from paceline.trainer.checkpoint import load, verify
+
+from helpers.ranks import run_ranks
+from helpers.sharded import Layered, batches, full_weights, strategy_of, trained, trained_on_ranks
+from helpers.tiny import assert_same, tiny_trainer
+
+JOBS: dict[str, tuple[int, str | None, dict[str, Any]]] = {
+    "single": (1, None, {}),
+    "ddp 2": (2, "ddp", {}),
+    "fsdp 2": (2, "fsdp", {}),
+    "fsdp 3": (3, "fsdp", {}),
+    "fsdp 4": (4, "fsdp", {}),
+    "hsdp 2x2": (4, "hsdp", {"shard": 2}),
+}
+WINDOWS = {"count": 24, "batch_size": 2, "global_batch_size": 12}
+TOLERANCE = 2e-6
+
+
+def run(job: str, **arguments: Any) -> Any:
+    """The weights that rank 0 of the job ends with."""
+    ranks, strategy, options = JOBS[job]
+    arguments = WINDOWS | {"model": {"groups": True}} | arguments
+    if strategy is None:
+        return trained(**arguments)
+    results = run_ranks(trained_on_ranks, ranks, strategy, options, **arguments)
+    for weights in results:
+        assert_same(weights, results[0])
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A checkpoint after one of two epochs, by every job."""
+    folder = tmp_path_factory.mktemp("saved")
+    paths = {job: str(folder / f"{job.replace(' ', '-')}.ckpt") for job in JOBS}
+    for job, path in paths.items():
+        run(job, max_epochs=1, save=path)
+    return paths
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_checkpoint_is_whole_and_holds_the_weights_and_states_of_one_process(job: str, saved: dict[str, str]) -> None:
+    assert verify(saved[job]) == []
+    found, expected = load(saved[job]), load(saved["single"])
+    assert found.model.keys() == expected.model.keys()
+    assert_same(found.model, expected.model, TOLERANCE)
+    assert found.optimizer[0]["groups"] == expected.optimizer[0]["groups"]
+    for name, state in expected.optimizer[0]["state"].items():
+        assert_same(found.optimizer[0]["state"][name], state, TOLERANCE)
+
+
+@pytest.mark.parametrize("job", ["fsdp 2", "fsdp 3", "hsdp 2x2"])
+def test_each_rank_writes_its_boxes_and_opens_with_safetensors(job: str, saved: dict[str, str]) -> None:
+    files = sorted(path.name for path in Path(saved[job]).glob("model*"))
+    writers = 2 if job != "fsdp 3" else 3
+    assert files == [f"model-r{rank:05}-of-{JOBS[job][0]:05}.safetensors" for rank in range(writers)]
+    numbers = [sum(t.numel() for t in load_file(Path(saved[job], name)).values()) for name in files]
+    assert sum(numbers) == 559
+    assert max(numbers) < 559
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param(a, b, marks=[] if "fsdp 3" in (a, b) or (a, b) == ("ddp 2", "hsdp 2x2") else pytest.mark.slow)
+        for a, b in product(JOBS, JOBS)
+    ],
+)
+def test_a_run_goes_on_under_any_other_strategy(source: str, target: str, saved: dict[str, str]) -> None:
+    straight = trained(**WINDOWS | {"model": {"groups": True}}, max_epochs=2)
+    assert_same(run(target, max_epochs=2, resume=saved[source]), straight, TOLERANCE)
+
+
+@pytest.mark.parametrize("job", ["fsdp 2", "fsdp 3", "hsdp 2x2"])
+def test_resuming_on_the_same_ranks_is_exact_to_the_bit(job: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": {"dropout": 0.3}, "accumulate_grad_batches": 2, "global_batch_size": None}
+    straight = run(job, max_steps=5, max_epochs=9, **options)
+    path = str(tmp_path / "middle.ckpt")
+    run(job, max_steps=3, max_epochs=9, save=path, **options)
+    assert_same(run(job, max_steps=5, max_epochs=9, resume=path, **options), straight)
+
+
+def resaved(path: str, again: str) -> None:
+    module = Layered(tied=True)
+    trainer = tiny_trainer(strategy="fsdp")
+    trainer.fit(module, batches(8, 2))
+    trainer.save_checkpoint(path)
+    other = Layered(tied=True)
+    trainer = tiny_trainer(strategy="fsdp", max_epochs=1)
+    trainer.fit(other, batches(8, 2), ckpt_path=path)
+    assert_same(full_weights(other), full_weights(module))
+    trainer.save_checkpoint(again)
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    run_ranks(resaved, 3, str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt"))
+    for name in ("a", "b"):
+        index = json.loads((tmp_path / f"{name}.ckpt" / "index-r00000-of-00003.json").read_text())
+        assert index["parts"]["model"]["again.weight"] == {"alias": "first.weight"}
+    model = load(tmp_path / "a.ckpt").model
+    assert model["again.weight"] is model["first.weight"]
+
+
+def saves_in_the_background(folder: str) -> list[str]:
+    callback = pl.callbacks.ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1)
+    tiny_trainer(strategy="fsdp", callbacks=callback, enable_checkpointing=True).fit(Layered(), batches(12, 2))
+    return sorted(path.name for path in Path(folder).glob("*.ckpt"))
+
+
+def test_checkpoint_callbacks_save_shards_while_training_goes_on(tmp_path: Path) -> None:
+    names = run_ranks(saves_in_the_background, 2, str(tmp_path))[0]
+    assert len(names) >= 3
+    for name in names:
+        assert verify(tmp_path / name) == []
+
+
+def fails_to_save(path: str) -> str:
+    trainer = tiny_trainer(strategy="fsdp")
+    trainer.fit(Layered(), batches(8, 2))
+    try:
+        trainer.save_checkpoint(path)
+    except pl.CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_save_that_fails_on_rank_0_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    errors = run_ranks(fails_to_save, 2, str(tmp_path / "file" / "x.ckpt"))
+    assert all("could not be saved" in error for error in errors), errors
+
+
+def averaged(strategy: str | None, batch_size: int, save: str | None = None, resume: str | None = None) -> Any:
+    callback = pl.callbacks.EMAWeightAveraging(decay=0.5)
+    return trained(
+        16, batch_size, {"sgd": True}, strategy=strategy_of(strategy, {}), callbacks=callback, global_batch_size=8,
+        max_epochs=2 if resume else 1, save=save, resume=resume,
+    )  # fmt: skip
+
+
+def test_averaged_weights_are_those_of_one_process_and_move_too(tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one.ckpt"), str(tmp_path / "two.ckpt")
+    straight = averaged(None, 8, save=one)
+    assert_same(run_ranks(averaged, 2, "fsdp", 2, save=two)[0], straight, TOLERANCE)
+    expected = averaged(None, 8, resume=one)
+    assert_same(run_ranks(averaged, 3, "fsdp", 2, resume=two)[0], expected, TOLERANCE)
+    assert_same(averaged(None, 8, resume=two), expected, TOLERANCE)
+    assert torch.is_tensor(load(two).model["first.weight"])

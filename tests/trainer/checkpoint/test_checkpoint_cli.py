@@ -1,0 +1,122 @@
+"""`paceline checkpoint`: each action on real checkpoints, its JSON and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from paceline.trainer.checkpoint import load, save
+from paceline.trainer.cli import main
+
+from helpers.resumable import every_save, run, saved_in
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    run("sgd_momentum_by_step", tmp_path / "runs", callbacks=every_save(), max_steps=3)
+    return tmp_path / "runs"
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> Any:
+    """What the command printed as JSON."""
+    capsys.readouterr()
+    assert main(["checkpoint", *map(str, words), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_ls_lists_what_is_below_a_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = saved_in(runs)[0]
+    os.remove(f"{first}/model.safetensors")
+    listed = said(capsys, "ls", runs)
+    assert sorted(one["path"] for one in listed) == saved_in(runs)
+    assert {one["path"]: one["problem"] for one in listed}[first] == "model.safetensors is missing"
+    assert {one["step"] for one in listed} == {1, 2, 3}
+    main(["checkpoint", "ls", str(runs)])
+    assert "whole" in capsys.readouterr().out
+
+
+def test_show_tells_facts_and_tensors(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, "show", saved_in(runs)[1])
+    assert told["step"] == 2 and told["version of torch"].startswith("2.")
+    shapes = {tensor["name"]: tensor["shape"] for tensor in told["tensors"] if tensor["part"] == "model"}
+    assert shapes["net.0.weight"] == [8, 6]
+    assert main(["checkpoint", "show", saved_in(runs)[1]]) == 0
+    assert "net.0.weight" in capsys.readouterr().out
+
+
+def test_verify_reads_every_byte(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved_in(runs)[0]
+    assert said(capsys, "verify", path) == {"whole": True, "problems": []}
+    weights = Path(path, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    told = said(capsys, "verify", path, code=1)
+    assert not told["whole"] and "model.safetensors was altered" in told["problems"][0]
+
+
+def test_diff_names_what_differs_and_by_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = {"global_step": 1, "epoch": 0}
+    one = save(tmp_path / "one", model={"a": torch.ones(3), "b": torch.ones(2)}, state={"x": [1, 2]}, meta=meta)
+    changed = torch.tensor([1.0, 1.5, 1.0])
+    other = save(tmp_path / "other", model={"a": changed, "c": torch.ones(2)}, state={"x": [1, 3]}, meta=meta)
+    assert said(capsys, "diff", one, other, code=1) == [
+        {"part": "model", "name": "a", "how": "1 of 3 numbers", "largest": 0.5},
+        {"part": "model", "name": "b", "how": "only in the first", "largest": None},
+        {"part": "model", "name": "c", "how": "only in the second", "largest": None},
+        {"part": "state", "name": "x", "how": "[1, 2] and [1, 3]", "largest": None},
+    ]
+    assert said(capsys, "diff", one, one) == []
+
+
+def test_consolidate_writes_whole_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = {"global_step": 1, "epoch": 0}
+    model = {str(i): torch.randn(100) for i in range(5)}
+    shards = save(tmp_path / "shards", model=model, state={"x": torch.ones(2)}, meta=meta, file_bytes=1000)
+    assert len(list(Path(shards).glob("model-*"))) == 3
+    whole = said(capsys, "consolidate", shards, tmp_path / "whole")["path"]
+    assert Path(whole, "model.safetensors").exists() and load(whole).meta["global_step"] == 1
+    assert said(capsys, "diff", shards, whole) == []
+
+
+def test_export_writes_what_from_pretrained_reads(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    words = ["export", saved_in(runs)[0], tmp_path / "out", "--prefix", "net.", "--config", tmp_path / "config.json"]
+    path = said(capsys, *words)["path"]
+    weights = load_file(path)
+    model = load(saved_in(runs)[0]).model
+    assert {f"net.{name}" for name in weights} == set(model)
+    assert torch.equal(weights["0.weight"], model["net.0.weight"])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert main(["checkpoint", *map(str, words)]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_import_reads_a_lightning_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    content = {
+        "epoch": 2,
+        "global_step": 30,
+        "pytorch-lightning_version": "2.6.1",
+        "state_dict": layer.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+        "hyper_parameters": {"lr": 0.1},
+    }
+    torch.save(content, tmp_path / "theirs.ckpt")
+    loaded = load(said(capsys, "import", tmp_path / "theirs.ckpt", tmp_path / "ours")["path"])
+    assert torch.equal(loaded.model["weight"], layer.weight)
+    assert loaded.meta["global_step"] == 30 and loaded.state["hyper_parameters"] == {"lr": 0.1}
+    averages = loaded.optimizer[0]["state"]["bias"]["exp_avg"]
+    assert torch.equal(averages, optimizer.state[layer.bias]["exp_avg"])
+
+
+def test_a_path_that_is_no_checkpoint_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "show", str(tmp_path / "none")]) == 1
+    assert "does not exist" in capsys.readouterr().err
