@@ -44,7 +44,7 @@ class WordPieces:
                 pieces = ((("##" if start else "") + word[start:end], end) for end in ends)
                 piece, start = next(((p, end) for p, end in pieces if p in self.ids), ("[UNK]", len(word)))
                 found.append(self.ids[piece])
-        found = found[: length - 1] + [self.ids["[SEP]"]]
+        found = [*found[: length - 1], self.ids["[SEP]"]]
         return found + [0] * (length - len(found))
 
 

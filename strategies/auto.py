@@ -119,8 +119,8 @@ def _device_indices(
         if cluster is not None:
             if available is not None and cluster.local_world_size > available:
                 raise ConfigurationError(
-                    f"{cluster.found_by} started {cluster.local_world_size} rank(s) on this node, but it has {available} "
-                    f"{kind} device(s), one for each. Start {available}, or use accelerator='cpu'."
+                    f"{cluster.found_by} started {cluster.local_world_size} rank(s) on this node, but it has "
+                    f"{available} {kind} device(s), one for each. Start {available}, or use accelerator='cpu'."
                 )
             return list(range(cluster.local_world_size))
         if devices == "auto" and (strategy == "single" or not can_launch or kind == "mps"):

@@ -259,7 +259,7 @@ class Strategy:
         if self.world_size == 1:
             return tensor
         if sync_grads:
-            gathered: Tensor = _AllGather.apply(self, tensor)
+            gathered: Tensor = _AllGather.apply(self, tensor)  # type: ignore[no-untyped-call]
             return gathered
         rows = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(rows, tensor.detach().contiguous())

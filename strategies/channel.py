@@ -47,7 +47,7 @@ class Channel:
         return Message(rows, work)
 
     def gather_objects(self, obj: Any) -> list[Any]:
-        """The picklable objects of all ranks, by rank; waits for them. Safe in a thread that alone uses this channel."""
+        """The picklable objects of all ranks, by rank; waits. Safe in a thread that alone uses this channel."""
         if self._group is None:
             return [obj]
         held: list[Any] = [None] * self._world_size

@@ -85,9 +85,7 @@ def estimate(
     )
 
 
-def pick(
-    sizes: Sizes, precision: Precision, devices: int, num_nodes: int, memory_bytes: int
-) -> tuple[str, str]:
+def pick(sizes: Sizes, precision: Precision, devices: int, num_nodes: int, memory_bytes: int) -> tuple[str, str]:
     """(strategy, reason): the one that communicates least of those whose states fit in `memory_bytes` a rank."""
     room = int(memory_bytes * STATES_SHARE)
     tried: list[Estimate] = []
@@ -95,7 +93,10 @@ def pick(
         found = estimate(sizes, precision, name, devices, num_nodes)
         if found.total <= room:
             said = "".join(f", {other.strategy} would need {gb(other.total)}" for other in tried)
-            return name, f"auto: states of {gb(found.total)} a rank fit in {STATES_SHARE:.0%} of {gb(memory_bytes)}{said}"
+            return (
+                name,
+                f"auto: states of {gb(found.total)} a rank fit in {STATES_SHARE:.0%} of {gb(memory_bytes)}{said}",
+            )
         tried.append(found)
     last = tried[-1]
     return last.strategy, (
@@ -118,7 +119,7 @@ def candidates(devices: int, num_nodes: int) -> Iterator[str]:
 def table(sizes: Sizes, precision: Precision, devices: int, num_nodes: int, memory_bytes: int | None) -> str:
     """Every strategy's estimate, as lines of text."""
     lines = [
-        f"{sizes.parameters:,} parameters, {sizes.trainable:,} of them trained; precision {precision.name}; "
+        f"{sizes.parameters:,} parameters, {sizes.trainable:,} of them trained; precision {precision.name}",
         f"{num_nodes} node(s) of {devices} device(s); Adam's two states; activations are not counted",
         f"{'strategy':<10}{'shards':>8}{'weights':>11}{'gradients':>11}{'optimizer':>11}{'copies':>11}{'a rank':>11}",
     ]

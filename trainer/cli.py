@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 from .. import __version__
 from ..errors import ConfigurationError, PacelineError
-from . import estimating
-from . import cli_checkpoint
+from . import cli_checkpoint, estimating
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`paceline estimate train.py --devices 8 --num-nodes 4`: run the program up to its first call of a trainer, no further.
+"""`paceline estimate train.py --devices 8 --num-nodes 4`: run the program up to its first call of a trainer.
 
 The program builds its model and its trainer as always; what it asks for in devices is set aside, so no GPU is needed.
 The first fit, validate, test or predict prints the table of `strategies/estimate.py` and ends the program.

@@ -118,7 +118,6 @@ class Entry:
         self.window, self.values, self.weights = -1, [], []
         self.total, self.weight = None, 0.0
 
-
     def label(self, of_epoch: bool, metric: str | None = None) -> Label:
         """What all ranks must know of its step or epoch value."""
         return Label(self.bare_name, of_epoch, self.dataloader_idx, self.prog_bar, self.logger, metric)

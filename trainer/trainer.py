@@ -47,6 +47,7 @@ from .module import Module, require
 from .optim import OptimizerHandle, SchedulerConfig
 from .properties import TrainerProperties
 from .rank_zero import rank_zero_warn
+from .same_code import check_same_code
 from .state import Progress, RunningStage, TrainerFn, TrainerState
 
 
@@ -296,6 +297,7 @@ class Trainer(TrainerProperties):
         self.strategy.connect(self._cluster)
         for channel in ("control", "metrics", "data", "checkpoint"):  # made together: making one is a collective
             self.strategy.channel(channel)
+        check_same_code(self.strategy)
         self._connected = True
 
     def load_train_data(self) -> PlannedData | StreamedData:

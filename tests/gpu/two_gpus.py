@@ -1,7 +1,7 @@
 """DDP, FSDP and HSDP on two GPUs through NCCL: `python tests/gpu/two_gpus.py`, about five minutes, prints a table.
 
-Every line of the table is a check with its number: weights like those of one process, bf16, clipping, resume to the bit,
-a checkpoint moved between all strategies, a model built on the meta device, and memory and time a step beside a
+Every line of the table is a check with its number: weights like those of one process, bf16, clipping, resume to the
+bit, a checkpoint moved between all strategies, a model built on the meta device, and memory and time a step beside a
 hand-written `fully_shard` loop. Exits with 1 if a check fails. `--cpu` runs the same on gloo with small sizes.
 """
 
@@ -97,7 +97,10 @@ def ranks_main(cpu):
             return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=not cpu)
 
     def whole(module):
-        return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu() for n, p in module.named_parameters()}
+        return {
+            n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu()
+            for n, p in module.named_parameters()
+        }
 
     def difference(left, right):
         return max((left[name] - right[name]).abs().max().item() for name in right)
@@ -126,7 +129,9 @@ def ranks_main(cpu):
         while done < steps:
             data = Tokens(30, 32)
             for start in range(0, 30, 8):
-                rows = torch.stack([torch.cat([x, y[-1:]]) for x, y in map(data.__getitem__, range(start, min(start + 8, 30)))])
+                rows = torch.stack(
+                    [torch.cat([x, y[-1:]]) for x, y in map(data.__getitem__, range(start, min(start + 8, 30)))]
+                )
                 rows = rows.to(device)
                 optimizer.zero_grad()
                 F.cross_entropy(module(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -66,24 +66,23 @@ def two_nodes() -> Iterator[list[Node]]:
             subprocess.run(["ip", "netns", "del", node.name], capture_output=True, check=False)
 
 
-def start_on(nodes: list[Node], node: int, program: list[str], ranks: int = 2, port: int = 29500) -> RunningScript:
+@contextmanager
+def start_on(nodes: list[Node], node: int, program: tuple[str, ...], ranks: int) -> Iterator[RunningScript]:
     """torchrun of one node."""
     at = nodes[node]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(nodes)), "--node-rank", str(node)]
-    return start_command(
+    with start_command(
         "ip", "netns", "exec", at.name, *torchrun, "--nproc-per-node", str(ranks), "--master-addr", nodes[0].address,
-        "--master-port", str(port), *program, env={"GLOO_SOCKET_IFNAME": at.interface}, timeout_seconds=150,
-    )  # fmt: skip
+        "--master-port", "29500", *program, env={"GLOO_SOCKET_IFNAME": at.interface}, timeout_seconds=150,
+    ) as running:  # fmt: skip
+        yield running
 
 
 def run_on(nodes: list[Node], *program: str, ranks: int = 2) -> list[ScriptResult]:
     """One job over all nodes; the result of each node's torchrun."""
-    running = [start_on(nodes, i, list(program), ranks) for i in range(len(nodes))]
-    try:
+    with ExitStack() as stack:
+        running = [stack.enter_context(start_on(nodes, i, program, ranks)) for i in range(len(nodes))]
         return [job.wait() for job in running]
-    finally:
-        for job in running:
-            job.close()
 
 
 def _ip(*words: str) -> None:

@@ -1,4 +1,4 @@
-"""Models built in `configure_model` under FSDP: on the meta device, with the values that one process would have drawn."""
+"""Models built in `configure_model` under FSDP: on the meta device, with the values that one process would draw."""
 
 from __future__ import annotations
 

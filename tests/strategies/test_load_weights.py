@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import paceline as pl
+from paceline.errors import CheckpointError
+
 from helpers.ranks import RanksFailed, run_ranks
 from helpers.sharded import Layered, batches, full_weights, strategy_of
 from helpers.tiny import assert_same, tiny_trainer
-from paceline.errors import CheckpointError
 
 
 class Late(Layered):
@@ -111,7 +112,7 @@ def test_names_on_one_side_only_are_an_error_or_a_warning(tmp_path: Path) -> Non
         fit_wider(path, strict=True)
     with pytest.warns(UserWarning, match="it lacks 'head.bias'"):
         fit_wider(path, strict=False)
-    with pytest.raises(CheckpointError, match="no name of both is alike under prefix='x.'"):
+    with pytest.raises(CheckpointError, match=r"no name of both is alike under prefix='x\."):
         loaded(path, None, prefix="x.", strict=False)
 
 
@@ -157,9 +158,9 @@ def memory_of_loading(path: str, layers: int, width: int) -> tuple[int, int]:
     began = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     module = Large(path, layers, width)
     tiny_trainer(strategy="fsdp").validate(module, [(torch.ones(1, width),)] * 4, verbose=False)
-    assert torch.equal(
-        module.stack[layers - 1].weight.to_local()[0], torch.full((width,), float(layers - 1))
-    ), "not the values of the file"
+    assert torch.equal(module.stack[layers - 1].weight.to_local()[0], torch.full((width,), float(layers - 1))), (
+        "not the values of the file"
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return peak - began - module.share, module.share
 

@@ -8,10 +8,10 @@ checkpoint of ours. Nothing is executed, and host memory never holds more than o
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,9 @@ def load_weights(request: WeightsRequest, targets: Mapping[str, Tensor]) -> None
     """
     where = request.path
     with _opened(where) as (files, records):
-        wanted = {name.removeprefix(request.prefix): t for name, t in targets.items() if name.startswith(request.prefix)}
+        wanted = {
+            name.removeprefix(request.prefix): t for name, t in targets.items() if name.startswith(request.prefix)
+        }
         _check_names(request, set(wanted), set(records), _aliases(wanted))
         done: set[int] = set()
         for name, target in wanted.items():
@@ -70,7 +72,8 @@ def _fill(files: Files, name: str, record: TensorRecord, target: Tensor) -> None
     if box is None:
         target.copy_(as_sharded(files.read({name: record})[name].to(target.dtype), target))
     else:
-        target.to_local().copy_(files.read_box(name, record, *box))  # type: ignore[operator]  # a DTensor has it
+        sharded: Any = target
+        sharded.to_local().copy_(files.read_box(name, record, *box))
 
 
 def _aliases(wanted: Mapping[str, Tensor]) -> dict[str, set[str]]:
@@ -114,8 +117,8 @@ def _opened(path: str) -> Iterator[tuple[Files, dict[str, TensorRecord]]]:
         folder, name = storage.split(place)
         opened = _by_files(storage, folder, [name], {})
     elif names := _names_in(storage, place):
-        opened = _by_index(storage, place, names[0]) if names[0].endswith(INDEX_SUFFIX) else None
-        opened = opened or _by_files(storage, place, names, {})
+        by_index = names[0].endswith(INDEX_SUFFIX)
+        opened = _by_index(storage, place, names[0]) if by_index else _by_files(storage, place, names, {})
     else:
         opened = load(resolve_pointer(path)).model_files()
     with contextlib.closing(opened[0]):
