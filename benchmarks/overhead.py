@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import pty
+import re
 import statistics
 import struct
 import subprocess
@@ -26,7 +27,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ def run_here(runner: str, case: str, blocks: int, turns: int, reports: int) -> N
         RUNNERS[runner](CASES[case], Clock(blocks, turns, reports), folder)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if runner != BASELINE:
-        versions[runner] = version(runner)
+        versions[runner] = sys.modules[runner].__version__
     os.write(reports, (json.dumps(versions) + "\n").encode())
 
 
@@ -318,13 +318,9 @@ def table(found: dict[tuple[str, int, str], list[Figures]]) -> str:
 
 def machine() -> str:
     """The processor's name and how many of it there are."""
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} CPUs, {platform.system()}"
 
 
 def arguments() -> argparse.Namespace:

@@ -4,7 +4,7 @@
     python examples/gpt.py --devices 2 --strategy fsdp --precision bf16-mixed --compile
     torchrun --nproc-per-node 8 examples/gpt.py --size large --strategy hsdp
 
-The layers are built in `configure_model`: under FSDP and HSDP on the meta device, so no rank ever holds the whole of it.
+The layers are built in `configure_model`: under FSDP and HSDP on the meta device, so no rank ever holds it whole.
 """
 
 import argparse

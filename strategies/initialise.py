@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import ConfigurationError
+from .sharding import whole
 
 _Initialiser = Callable[[], Any]
 
@@ -139,7 +139,7 @@ def _is_unset(full: Tensor) -> bool:
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+    return whole(tensor).detach().cpu().clone()
 
 
 def _run(part: nn.Module, full: dict[str, Tensor], initialiser: _Initialiser | None) -> None:
@@ -162,6 +162,8 @@ def _run(part: nn.Module, full: dict[str, Tensor], initialiser: _Initialiser | N
 @torch.no_grad()
 def _keep(tensor: Tensor, full: Tensor) -> None:
     """Give `tensor` its share of `full`."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # heavy, see sharding.py
+
     if isinstance(tensor, DTensor):
         moved = full.to(tensor.device_mesh.device_type, tensor.dtype)
         mine = distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)

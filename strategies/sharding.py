@@ -1,7 +1,8 @@
 """FSDP2 applied to a module: blocks first, the rest with the root, so that every parameter becomes one rank's shard.
 
 `shard` is the whole story; `Sharding` says how. Gradients are summed over the ranks and never divided: a loss carries
-its share of the window already, and a division would need a reduction that gloo lacks.
+its share of the window already, and a division would need a reduction that gloo lacks. torch's FSDP and DTensor are
+imported where they are used: they take a second, and change warning filters as they load.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from .precision import Precision
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Sharding:
 
     def apply(self, module: nn.Module, root: bool = False) -> None:
         """`fully_shard` with these options."""
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
         mixed = self.precision.autocast
         fully_shard(
             module,
@@ -58,6 +62,8 @@ def shard(roots: Iterable[nn.Module], blocks: list[nn.Module], sharding: Shardin
     A module in host memory goes to the device block by block, so the device never holds more than one block and the
     shards; one on the meta device stays there, sharded, until `initialise` fills it.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     roots = list(roots)
     for part in (*blocks, *roots):
         move_and_agree(part, sharding.device)
@@ -76,6 +82,8 @@ def shard(roots: Iterable[nn.Module], blocks: list[nn.Module], sharding: Shardin
 
 def fsdp_modules(root: nn.Module) -> Iterator[FSDPModule]:
     """Every part of `root` that `fully_shard` was applied to."""
+    from torch.distributed.fsdp import FSDPModule
+
     return (part for part in root.modules() if isinstance(part, FSDPModule))
 
 
@@ -101,11 +109,15 @@ def forget_unreduced(roots: Iterable[nn.Module]) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; a collective where it is sharded."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -116,6 +128,8 @@ def is_meta(module: nn.Module) -> bool:
 
 def move_and_agree(part: nn.Module, device: torch.device) -> None:
     """Move what is not sharded yet to the device, with the values that rank 0 has."""
+    from torch.distributed.tensor import DTensor
+
     for tensor in (*part.parameters(), *part.buffers()):
         if isinstance(tensor, DTensor) or tensor.is_meta:
             continue

@@ -26,8 +26,9 @@ CONTRACT = {
     "LaunchError CheckpointError",
     "paceline.callbacks": "Callback ModelCheckpoint EarlyStopping TQDMProgressBar RichProgressBar LearningRateMonitor "
     "Timer GradientAccumulationScheduler WeightAveraging BackboneFinetuning ModelSummary DeviceStatsMonitor "
-    "ThroughputMonitor EMAWeightAveraging PredictionWriter BasePredictionWriter LambdaCallback Profiler OnExceptionCheckpoint "
-    "StochasticWeightAveraging BaseFinetuning ProgressBar Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
+    "ThroughputMonitor EMAWeightAveraging PredictionWriter BasePredictionWriter LambdaCallback Profiler "
+    "OnExceptionCheckpoint StochasticWeightAveraging BaseFinetuning ProgressBar "
+    "Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
     "paceline.loggers": "Logger JSONLLogger CSVLogger TensorBoardLogger WandbLogger",
     "paceline.strategies": "Strategy SingleDevice DDP FSDP HSDP register_strategy",
     "paceline.trainer": "Trainer Module DataModule Callback CombinedLoader seed_everything rank_zero_only "

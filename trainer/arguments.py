@@ -260,12 +260,12 @@ class Arguments:
             )
         if not overridden(module, "configure_optimizers", Module):
             raise ConfigurationError(
-                f"{type(module).__name__} has no configure_optimizers, so fit() cannot train it. Define it to return an "
-                "optimizer, or None to train without one."
+                f"{type(module).__name__} has no configure_optimizers, so fit() cannot train it. Define it to return "
+                "an optimizer, or None to train without one."
             )
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:
             raise ConfigurationError(
-                f"{type(module).__name__}.training_step takes dataloader_iter, but batches are handed to it one by one. "
+                f"{type(module).__name__}.training_step takes dataloader_iter, but is handed one batch at a time. "
                 "Write training_step(self, batch, batch_idx)."
             )
         if module.automatic_optimization:

@@ -21,7 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePath
 from types import FrameType, SimpleNamespace, UnionType
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,16 @@ class AttributeDict(dict[str, Any]):
         return "\n".join(f'"{name}":'.ljust(width) + f" {self[name]}" for name in sorted(self, key=str))
 
 
-class on_class_only(classmethod):  # type: ignore[type-arg]  # noqa: N801 (a decorator, like the one it refines)
-    """A class method that refuses to be called on an object, where its result would be taken for an effect on it."""
+if TYPE_CHECKING:
+    on_class_only = classmethod  # type checkers know the first argument of no other decorator's method
+else:
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        method = super().__get__(instance, owner)
-        return method if instance is None else _refusing(method, type(instance))
+    class on_class_only(classmethod):
+        """A class method that refuses to be called on an object, where its result would be taken for a change of it."""
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            method = super().__get__(instance, owner)
+            return method if instance is None else _refusing(method, type(instance))
 
 
 def _refusing(method: Callable[..., Any], cls: type) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import ConfigurationError
 from .plan import mix_seed
@@ -128,12 +128,18 @@ def taken_over(loader: DataLoader[Any], indices: IndexBatches) -> DataLoader[Any
 
 def draws_own_batches(loader: DataLoader[Any]) -> bool:
     """True when a user's batch sampler (or, with batch_size=None, the sampler) decides what a batch is."""
-    return loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler
+    return loader.batch_size is None or not _is_of_the_library(loader.batch_sampler, "BatchSampler")
 
 
 def is_plain_shuffle(sampler: Any) -> bool:
     """True for the sampler that `shuffle=True` makes."""
-    return type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+    plain = _is_of_the_library(sampler, "RandomSampler")
+    return plain and not sampler.replacement and sampler._num_samples is None
+
+
+def _is_of_the_library(sampler: Any, name: str) -> bool:
+    """True for torch's sampler of that name and for torchdata's, but for no subclass."""
+    return type(sampler).__name__ == name and type(sampler).__module__.partition(".")[0] in ("torch", "torchdata")
 
 
 def draw(sampler: Iterable[Any], seed: int, epoch: int, length: int) -> list[Any]:
@@ -184,7 +190,9 @@ def has_state(part: Any) -> bool:
 
 def seed_of(loader: DataLoader[Any], seed: int) -> int:
     """The seed of the generator that the user gave the loader, if any: `DataLoader(generator=...)` stays meaningful."""
-    generator = getattr(loader.sampler, "generator", None) or loader.generator
+    # torchdata's RandomSampler makes a generator where the user gave none.
+    made = type(loader.sampler).__module__.startswith("torchdata.")
+    generator = (None if made else getattr(loader.sampler, "generator", None)) or loader.generator
     return generator.initial_seed() if isinstance(generator, torch.Generator) else seed
 
 

@@ -117,8 +117,8 @@ class TrainerProperties:
         check_count("accumulate_grad_batches", factor)
         if self.arguments.global_batch_size is not None:
             raise ConfigurationError(
-                f"accumulate_grad_batches={factor} contradicts global_batch_size={self.arguments.global_batch_size}, from "
-                "which it is derived. Leave global_batch_size out."
+                f"accumulate_grad_batches={factor} contradicts global_batch_size={self.arguments.global_batch_size}, "
+                "from which it is derived. Leave global_batch_size out."
             )
         settings = self._settings_of_fit
         if settings is None:

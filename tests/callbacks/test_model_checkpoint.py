@@ -15,10 +15,10 @@ import torch
 
 import paceline as pl
 from paceline.callbacks import Callback, ModelCheckpoint
-from paceline.trainer.agreed_clock import AgreedClock, steps_to_wait
 from paceline.callbacks.checkpoint_names import format_name
 from paceline.callbacks.top_k import best, comparable, qualifies, worst
 from paceline.errors import ConfigurationError
+from paceline.trainer.agreed_clock import AgreedClock, steps_to_wait
 
 from helpers.callback_runs import BATCHES, Scripted, loader, trainer
 from helpers.ranks import run_ranks

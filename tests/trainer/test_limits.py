@@ -203,7 +203,6 @@ def test_fast_dev_run_reads_so_many_batches_of_each_stage_and_writes_nothing(
     trainer.predict(module, data)
     assert [module.counts[stage] for stage in ("train", "val", "test", "predict")] == [batches] * 4
     assert (trainer.max_epochs, trainer.max_steps, trainer.current_epoch) == (1, batches, 1)
-    assert trainer.loggers == []
     assert trainer.checkpoint_callback is None
     assert list(tmp_path.iterdir()) == []
 

@@ -257,9 +257,8 @@ class Files:
             row_bytes = record.dtype.itemsize * math.prod(box.shape[1:])
             self._opened(box.file)[0].read_into(bytes_of(stored), entry.start + first * row_bytes)
             ranges = list(zip(begin, end, box.offset, strict=True))[1:]
-            columns = tuple(slice(b - o, e - o) for b, e, o in ranges)
-            taken = piece[(slice(None), *columns)] if begin else piece
-            result[tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, offset, strict=True))] = taken
+            taken = (slice(None), *(slice(b - o, e - o) for b, e, o in ranges)) if begin else ()
+            result[tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, offset, strict=True))] = piece[taken]
         return result
 
     def close(self) -> None:
