@@ -338,6 +338,11 @@ class Trainer(TrainerProperties):
         self.callbacks = [cb for cb in callbacks if cb not in saving] + saving
         _refuse_equal_keys(self.callbacks)
 
+    def callbacks_without_output(self) -> list[Callback]:
+        """The callbacks that can change what is trained: without loggers, bars, summaries and checkpoints."""
+        output = builtin.Logger, builtin.ProgressBar, builtin.ModelCheckpoint, builtin.ModelSummary
+        return [callback for callback in self.callbacks if not isinstance(callback, output)]
+
     def validate_inside_fit(self) -> None:
         """A validation run of `fit`."""
         assert self.validation is not None

@@ -123,24 +123,15 @@ def _run(
     trainer: Trainer, strategy: Any, model: Module, data: Mapping[str, Any], watch: _Watch, path: str | None
 ) -> Trainer:
     """One of the two runs, of copies, by a trainer like `trainer` without its outputs."""
-    from .trainer import Trainer as Anew
-
-    given = {**trainer.given, "callbacks": _callbacks(trainer), "logger": False, "enable_checkpointing": False}
+    callbacks = [copy.deepcopy(callback) for callback in trainer.callbacks_without_output()]
+    given = {**trainer.given, "callbacks": callbacks, "logger": False, "enable_checkpointing": False}
     given |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     given |= {"max_steps": 2 * watch.steps, "max_time": None, "fast_dev_run": False, "strategy": strategy}
-    anew = Anew(**given)
+    anew = type(trainer)(**given)
     anew.set_callbacks([*anew.callbacks, watch])
     module = _copied(model)
     anew.fit(module, **{name: _copied(item) for name, item in data.items()}, ckpt_path=path)
     return anew
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    """Copies of those that can change what is trained: loggers, bars and checkpoint callbacks are left out."""
-    from .. import callbacks as builtin
-
-    quiet = builtin.Logger, builtin.ProgressBar, builtin.ModelCheckpoint, builtin.ModelSummary
-    return [copy.deepcopy(callback) for callback in trainer.callbacks if not isinstance(callback, quiet)]
 
 
 def _copied(item: Any) -> Any:

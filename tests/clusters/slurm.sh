@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# SLURM on one machine: srun's ranks are found, and a job that a signal ended and that is requeued goes on to the bit.
+# `tests/clusters/slurm.sh [python]`
+# Needs root, slurm-wlm and munge (apt-get install). The daemons live in a scratch folder and end with this script.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+python=$(command -v "${1:-python}")
+for program in slurmctld slurmd munged srun sbatch; do
+    PATH=$PATH:/usr/sbin command -v $program >/dev/null || { echo "skipped: $program is not installed"; exit 0; }
+done
+[ "$(id -u)" = 0 ] || { echo "skipped: SLURM's daemons need root"; exit 0; }
+export PATH=$PATH:/usr/sbin
+host=$(hostname -s) scratch=$(mktemp -d)
+chmod 755 "$scratch"; mkdir "$scratch/state" "$scratch/spool"
+stop() {
+    for file in d ctld; do [ -f "$scratch/$file.pid" ] && kill "$(cat "$scratch/$file.pid")" 2>/dev/null || true; done
+    [ -z "${munge_pid:-}" ] || kill "$munge_pid" 2>/dev/null || true
+    rm -rf "$scratch"
+}
+trap stop EXIT
+
+if [ ! -S /run/munge/munge.socket.2 ]; then
+    [ -f /etc/munge/munge.key ] || { head -c 1024 /dev/urandom >/etc/munge/munge.key; }
+    chown munge: /etc/munge/munge.key; chmod 400 /etc/munge/munge.key
+    mkdir -p /run/munge; chown munge: /run/munge
+    runuser -u munge -- munged
+    munge_pid=$(cat /run/munge/munged.pid)
+fi
+cat >"$scratch/slurm.conf" <<CONF
+ClusterName=one
+SlurmctldHost=$host(127.0.0.1)
+AuthType=auth/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation=$scratch/state
+SlurmdSpoolDir=$scratch/spool
+SlurmctldPidFile=$scratch/ctld.pid
+SlurmdPidFile=$scratch/d.pid
+SlurmctldLogFile=$scratch/ctld.log
+SlurmdLogFile=$scratch/d.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+KillWait=5
+MpiDefault=none
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=1000 State=UNKNOWN
+PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
+CONF
+export SLURM_CONF=$scratch/slurm.conf
+slurmctld; sleep 2; slurmd; sleep 3
+
+echo "--- srun: two tasks, ranks found"
+srun -n2 "$python" "$here/train.py" --folder "$scratch/straight" | tee "$scratch/straight.log"
+[ "$(grep -c '^rank [01] of 2: step 20, weights' "$scratch/straight.log")" = 2 ] || { echo "FAILED: srun"; exit 1; }
+
+echo "--- sbatch: interrupted by USR1, requeued, resumed"
+cat >"$scratch/job.sh" <<JOB
+#!/bin/bash
+srun -n2 "$python" "$here/train.py" --folder "$scratch/requeued" --seconds-a-step 0.5
+JOB
+job=$(sbatch --parsable --requeue --open-mode=append -n2 -o "$scratch/requeued.log" "$scratch/job.sh")
+for _ in $(seq 60); do grep -q "paceline:" "$scratch/requeued.log" 2>/dev/null && break; sleep 1; done
+sleep 4
+scancel -s USR1 "$job"
+for _ in $(seq 30); do [ "$(squeue -h -j "$job" -o %T)" = RUNNING ] || break; sleep 1; done
+scontrol show job "$job" | grep -q "Restarts=1" || scontrol requeue "$job" || true
+scontrol update jobid="$job" StartTime=now || true
+for _ in $(seq 120); do [ "$(grep -c '^rank [01] of 2: step 20' "$scratch/requeued.log")" = 2 ] && break; sleep 1; done
+cat "$scratch/requeued.log"
+[ "$(grep -c '^begins at step' "$scratch/requeued.log")" -ge 2 ] || { echo "FAILED: it was never restarted"; exit 1; }
+! tail -n 3 "$scratch/requeued.log" | grep -q "begins at step 0" || { echo "FAILED: it began anew"; exit 1; }
+[ "$(cat "$scratch"/{straight,requeued}.log | sed -n 's/.*weights //p' | sort -u | wc -l)" = 1 ] \
+    || { echo "FAILED: the requeued run did not arrive at the straight run's weights"; exit 1; }
+echo "ok: srun, requeue, resumed to the bit"
