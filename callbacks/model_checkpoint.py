@@ -10,6 +10,7 @@ nothing behind.
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -472,7 +473,7 @@ def _check_arguments(callback: ModelCheckpoint, enable_version_counter: bool) ->
         )
     if callback.on_save_error not in ("raise", "warn"):
         raise ConfigurationError(f"on_save_error={callback.on_save_error!r}: use 'raise' or 'warn'.")
-    if "/" in (callback.filename or ""):
+    if "/" in re.sub(r"\{[^{}]*\}", "", callback.filename or ""):  # in braces it is part of a metric's name
         raise ConfigurationError(
             f"ModelCheckpoint(filename={callback.filename!r}) must be a plain name. Put the folders into dirpath."
         )

@@ -30,6 +30,10 @@ class Callback:
         """The key of this callback's state in a checkpoint; two callbacks of one class need different keys."""
         return type(self).__qualname__
 
+    def _generate_state_key(self, **kwargs: Any) -> str:
+        """A `state_key` of the class and what tells its objects apart."""
+        return f"{type(self).__qualname__}{kwargs!r}"
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know: numbers, strings, lists, dicts and tensors."""
         return {}
@@ -37,13 +41,13 @@ class Callback:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
-    def log(self, name: str, value: Any, **options: Any) -> None:
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         """`Module.log`, for callbacks."""
-        self._logging_module().log(name, value, **options)
+        self._logging_module().log(name, value, *args, **options)
 
-    def log_dict(self, dictionary: Any, **options: Any) -> None:
+    def log_dict(self, dictionary: Any, *args: Any, **options: Any) -> None:
         """`Module.log_dict`, for callbacks."""
-        self._logging_module().log_dict(dictionary, **options)
+        self._logging_module().log_dict(dictionary, *args, **options)
 
     def _logging_module(self) -> Module:
         if self._module is None:

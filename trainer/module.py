@@ -6,7 +6,8 @@ Read the steps first, then the hooks in the order in which `loop.py` calls them,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -287,14 +288,14 @@ class Module(HyperParameters, DataHooks, nn.Module):
             name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx, rank_zero_only
         )
 
-    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
-        """`log` for every item; also for a torchmetrics.MetricCollection."""
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **options: Any) -> None:
+        """`log` for every item, with its options; also for a torchmetrics.MetricCollection."""
         if hasattr(dictionary, "compute_groups"):
             items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
         else:
             items = dictionary.items()
         for name, value in items:
-            self.log(name, value, **options)
+            self.log(name, value, *args, **options)
 
     def clip_gradients(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -336,6 +337,15 @@ class Module(HyperParameters, DataHooks, nn.Module):
         from .optim import untoggle_optimizer
 
         untoggle_optimizer(self, optimizer)
+
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer) -> Iterator[None]:
+        """`toggle_optimizer` before the body, `untoggle_optimizer` after it."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Tensors (in any nesting) of all ranks, each stacked to (world_size, *shape); on one rank as they are."""

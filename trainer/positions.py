@@ -22,11 +22,13 @@ class Position:
     """The place in one rank's stream, counted in windows of the epoch that are read."""
 
     def __init__(self, loader: Any) -> None:
+        self._loader = loader
         self._holder = _holder(loader)
         self._workers = getattr(loader, "num_workers", 0)
         self._ahead = False
         self._epoch = self._windows = -1
         self._ended = False
+        self._batches: Any = None
         self._noted: dict[int, Mapping[str, Any]] = {}
 
     def begin(self, epoch: int, ahead: bool) -> None:
@@ -36,6 +38,7 @@ class Position:
 
     def to_the_end(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches of the epoch; afterwards it is known that this rank has read all of them."""
+        self._batches = batches
         yield from batches
         self._ended = True
 
@@ -67,7 +70,8 @@ class Position:
         self._holder.load_state_dict(place["state"])
 
     def _now(self) -> Mapping[str, Any]:
-        return {"state": self._holder.state_dict(), "ended": self._ended, "workers": self._workers}
+        ended = self._ended or (self._holder is not self._loader and _has_read_all(self._batches))
+        return {"state": self._holder.state_dict(), "ended": ended, "workers": self._workers}
 
 
 def _holder(loader: Any) -> Any:
@@ -77,3 +81,8 @@ def _holder(loader: Any) -> Any:
     dataset = getattr(loader, "dataset", None)
     in_this_process = isinstance(loader, DataLoader) and loader.num_workers == 0
     return dataset if in_this_process and isinstance(dataset, IterableDataset) and has_state(dataset) else None
+
+
+def _has_read_all(batches: Any) -> bool:
+    """Whether torch's iterator met the end of its data set in filling the last batch, which the data set knows."""
+    return bool(getattr(getattr(batches, "_dataset_fetcher", None), "ended", False))

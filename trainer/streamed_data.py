@@ -161,7 +161,8 @@ class StreamedData:
             batches = islice(batches, self._strategy.data_rank, None, self._strategy.data_ranks)
         batches = self._position.to_the_end(batches)
         if self.num_batches != math.inf:
-            batches = islice(batches, max(0, int(self.num_batches) - first_batch + skip))
+            left = max(0, int(self.num_batches) - first_batch + skip)
+            batches = islice(batches, left) if self.num_batches != self._length() else _all_of(batches, left)
         skipped = deque(islice(batches, skip), maxlen=1)
         return batches, skipped[0] if skipped else None
 
@@ -268,6 +269,12 @@ class RankBatches:
 
     def __len__(self) -> int:
         return self.planned.num_batches
+
+
+def _all_of(batches: Iterator[Any], count: int) -> Iterator[Any]:
+    """`count` batches; asking for one more lets a data set see its end, where it may begin anew."""
+    yield from islice(batches, count)
+    next(batches, None)
 
 
 def _weighed(batches: Sequence[Any], settings: DataSettings) -> tuple[list[float], list[float]]:

@@ -13,9 +13,15 @@ export PATH=$PATH:/usr/sbin
 host=$(hostname -s) scratch=$(mktemp -d)
 chmod 755 "$scratch"; mkdir "$scratch/state" "$scratch/spool"
 stop() {
-    for file in d ctld; do [ -f "$scratch/$file.pid" ] && kill "$(cat "$scratch/$file.pid")" 2>/dev/null || true; done
+    scancel --user root 2>/dev/null && sleep 3 || true  # its steps outlive the daemons
+    for file in d ctld; do
+        pid=$(cat "$scratch/$file.pid" 2>/dev/null) || continue
+        kill "$pid" 2>/dev/null || continue
+        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+        kill -9 "$pid" 2>/dev/null || true
+    done
     [ -z "${munge_pid:-}" ] || kill "$munge_pid" 2>/dev/null || true
-    rm -rf "$scratch"
+    rm -rf "$scratch" 2>/dev/null || true
 }
 trap stop EXIT
 

@@ -295,16 +295,19 @@ class Stateful(Sized):
         self.place = state["place"]
 
 
+class StatefulWithoutLength(Stateful):
+    def __len__(self) -> int:
+        raise TypeError("nobody knows")
+
+
 class OwnLoader:
     """A loader of the user's, that is no DataLoader."""
 
     def __init__(self) -> None:
-        self.dataset = Stateful()
+        self.dataset = Stateful(12)
 
     def __iter__(self) -> Iterator[Any]:
-        items = iter(self.dataset)
-        for first in items:
-            yield torch.tensor([first, *([] if (second := next(items, None)) is None else [second])])
+        return (torch.tensor([10 * item, 10 * item + 1]) for item in self.dataset)
 
     def state_dict(self) -> dict[str, Any]:
         return self.dataset.state_dict()
@@ -323,6 +326,7 @@ def make_loader(kind: str, workers: int = 0) -> Any:
         ),
         "torchdata, plain": lambda: StatefulDataLoader(Stream(), batch_size=2, num_workers=workers),
         "plain loader, stateful": lambda: DataLoader(Stateful(), batch_size=2, num_workers=workers),
+        "plain loader, no length": lambda: DataLoader(StatefulWithoutLength(), batch_size=2, num_workers=workers),
         "own loader": OwnLoader,
         "no state": lambda: DataLoader(Stream(), batch_size=2, num_workers=workers),
         "batches from the data set": lambda: DataLoader(Batches(), batch_size=None, shuffle=True),
@@ -387,7 +391,13 @@ def compare(found: list[Any]) -> None:
     assert len(resumed[-1]["ids"]) < len(resumed[0]["ids"]) < len(whole["ids"])
 
 
-WITH_STATE = ["torchdata, stateful", "plain loader, stateful", "own loader", "batches from the data set"]
+WITH_STATE = [
+    "torchdata, stateful",
+    "plain loader, stateful",
+    "plain loader, no length",
+    "own loader",
+    "batches from the data set",
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 5}, {"limit_train_batches": 5}])
