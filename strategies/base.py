@@ -87,6 +87,16 @@ class Strategy:
         return self.data_ranks
 
     @property
+    def root_device(self) -> torch.device:
+        """Lightning's name for `device`."""
+        return self.device
+
+    @property
+    def global_rank(self) -> int:
+        """Lightning's name for `rank`."""
+        return self.rank
+
+    @property
     def is_global_zero(self) -> bool:
         """True on the one process that prints, draws and writes."""
         return self.rank == 0
@@ -226,16 +236,22 @@ class Strategy:
             self._channels[name] = Channel(self.world_size)
         return self._channels[name]
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks; `name` is for the reader."""
         if self.world_size > 1:
             dist.barrier()
 
-    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
-        """`tensor` of rank `src`, in place, on every rank."""
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The `obj` of rank `src` on every rank: a tensor in place, anything else as `broadcast_object` does it."""
+        if not isinstance(obj, Tensor):
+            return self.broadcast_object(obj, src)
         if self.world_size > 1:
-            dist.broadcast(tensor, src)
-        return tensor
+            dist.broadcast(obj, src)
+        return obj
+
+    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: str | None = "mean") -> Tensor:
+        """A copy of `tensor` reduced over all ranks, on every rank; Lightning's name for `all_reduce`."""
+        return self.all_reduce(tensor.clone(), {"avg": "mean", None: "sum"}.get(reduce_op, str(reduce_op)))
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """`tensor` reduced over the ranks in place; `op` is "sum", "mean", "min" or "max"."""

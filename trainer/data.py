@@ -27,6 +27,7 @@ from .loaders import (
     is_plain_shuffle,
     length_of,
     length_or_error,
+    let_go,
     resolve_limit,
     seed_of,
     set_epoch,
@@ -122,6 +123,10 @@ class PlannedData:
 
     def find(self, position: Mapping[str, Any] | None) -> None:
         """As `position`: nothing to do."""
+
+    def close(self) -> None:
+        """Let go of the loader's iterator, with its workers."""
+        let_go(self.loader)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell whatever wants to know it which epoch begins; a batch sampler may then have another length."""

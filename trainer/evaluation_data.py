@@ -25,6 +25,7 @@ from .loaders import (
     holds_loaders,
     is_map_style,
     is_plain_shuffle,
+    let_go,
     resolve_limit,
     set_epoch,
     shards_itself,
@@ -64,6 +65,7 @@ class EvaluationData:
                 "any iterable of batches."
             )
         self.user_loader = sharded(loader, 0, 1) if take_over else loader
+        self._share = None if self.user_loader is loader or isinstance(loader, CombinedLoader) else self.user_loader
         self._strategy = strategy
         self._seed = seed
         length = length_of_stream(self.user_loader)
@@ -76,6 +78,12 @@ class EvaluationData:
                 f"An evaluation loader ({type(loader).__name__}) is left alone, because {why_left_alone(loader)}. So "
                 "samples may be counted twice on several ranks. Pass a plain DataLoader, and the trainer deals it."
             )
+
+    def close(self) -> None:
+        """Let go of the iterators that are ours, with their workers."""
+        for twin in (self._loader, self._share):
+            if twin is not None:
+                let_go(twin)
 
     def batches(self, limit: int | float = math.inf) -> Iterator[EvaluationBatch]:
         """This rank's batches among the first `limit` of all, in order."""

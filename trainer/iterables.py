@@ -26,17 +26,18 @@ class ShardedDataset(IterableDataset[Any]):
     """Every n-th item of a data set; attributes are those of the data set."""
 
     def __init__(self, dataset: IterableDataset[Any], rank: int, ranks: int, by_worker: bool) -> None:
-        self.__dict__.update(_dataset=dataset, _rank=rank, _ranks=ranks, _by_worker=by_worker, _skip=None, _share=None)
+        self.__dict__.update(_dataset=dataset, _rank=rank, _ranks=ranks, _by_worker=by_worker)
+        self.__dict__.update(_found=None, _share=None)
 
     def __iter__(self) -> Iterator[Any]:
         shard, shards = self._rank, self._ranks
         worker = get_worker_info() if self._by_worker else None
         if worker is not None:
             shard, shards = shard * worker.num_workers + worker.id, shards * worker.num_workers
-        items = iter(self._dataset)
-        first = shard if self._skip is None else self._skip
-        share = (_StatefulShare if has_state(items) else _Share)(items, first, shards)
-        self.__dict__.update(_skip=None, _share=share)
+        skip, ended = self._found or (shard, False)
+        items = iter(()) if ended else iter(self._dataset)
+        share = (_StatefulShare if has_state(items) else _Share)(items, skip, shards, ended)
+        self.__dict__.update(_found=None, _share=share)
         return share
 
     def __getattr__(self, name: str) -> Any:
@@ -60,29 +61,37 @@ class StatefulShardedDataset(ShardedDataset):
     """A sharded data set whose position can be saved, because the data set's own can."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The data set's state, and how many items belong to others before the next one of this share."""
-        return {"dataset": self._dataset.state_dict(), "skip": None if self._share is None else self._share.skip}
+        """The data set's state, how many items belong to others before the next one, and whether there is a next."""
+        place = None if self._share is None else [self._share.skip, self._share.ended]
+        return {"dataset": self._dataset.state_dict(), "place": place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave, in the next iteration."""
         self._dataset.load_state_dict(state["dataset"])
-        self.__dict__["_skip"] = state["skip"]
+        self.__dict__["_found"] = state["place"]
 
 
 class _Share:
-    """Every n-th of some items; `skip` of them belong to others before the next one of this share."""
+    """Every n-th of some items; `skip` of them belong to others before the next one of this share.
 
-    def __init__(self, items: Iterator[Any], skip: int, shards: int) -> None:
-        self._items, self.skip, self._shards = items, skip, shards
+    `ended`: there is none. A data set may begin anew as it sees its end, so its own state cannot tell.
+    """
+
+    def __init__(self, items: Iterator[Any], skip: int, shards: int, ended: bool) -> None:
+        self._items, self.skip, self._shards, self.ended = items, skip, shards, ended
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        while self.skip:
-            next(self._items)
-            self.skip -= 1
-        item = next(self._items)
+        try:
+            while self.skip:
+                next(self._items)
+                self.skip -= 1
+            item = next(self._items)
+        except StopIteration:
+            self.ended = True
+            raise
         self.skip = self._shards - 1
         return item
 

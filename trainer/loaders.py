@@ -126,6 +126,11 @@ def taken_over(loader: DataLoader[Any], indices: IndexBatches) -> DataLoader[Any
     return twin
 
 
+def let_go(twin: DataLoader[Any]) -> None:
+    """Drop the iterator of a loader of ours: left to the garbage collector, each worker may take 5 s to end."""
+    twin.__dict__["_iterator"] = None
+
+
 def draws_own_batches(loader: DataLoader[Any]) -> bool:
     """True when a user's batch sampler (or, with batch_size=None, the sampler) decides what a batch is."""
     return loader.batch_size is None or not _is_of_the_library(loader.batch_sampler, "BatchSampler")

@@ -26,15 +26,25 @@ class Position:
         self._holder = _holder(loader)
         self._workers = getattr(loader, "num_workers", 0)
         self._ahead = False
-        self._epoch = self._windows = -1
+        self._epoch, self._windows = -1, 0
         self._ended = False
         self._batches: Any = None
+        self._kept: Mapping[str, Any] | None = None
         self._noted: dict[int, Mapping[str, Any]] = {}
 
     def begin(self, epoch: int, ahead: bool) -> None:
         """An epoch begins. `ahead`: windows are read before the ones before them are trained."""
-        self._epoch, self._windows, self._ended, self._ahead = epoch, -1, False, ahead
-        self._noted = {}
+        self._epoch, self._windows, self._ended, self._ahead = epoch, 0, False, ahead
+        self._batches, self._kept, self._noted = None, None, {}
+
+    def keep(self, place: Mapping[str, Any] | None = None) -> None:
+        """The loader is not asked until the next epoch begins: `place`, or where it is now, is what it would answer.
+
+        torchdata's loader would start its workers to answer when nobody iterates it.
+        """
+        if place is None and self._holder is not None and self._batches is not None and not self._ahead:
+            place = self._now()
+        self._batches, self._kept = None, place
 
     def to_the_end(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches of the epoch; afterwards it is known that this rank has read all of them."""
@@ -45,21 +55,21 @@ class Position:
     def note(self, windows: int) -> None:
         """So many windows of the epoch were read."""
         self._windows = windows
-        if self._ahead and self._holder is not None:
+        if self._ahead and self._holder is not None and self._batches is not None:
             self._noted[windows] = copy.deepcopy(self._now())
             self._noted.pop(windows - _KEPT, None)
 
     def after(self, epoch: int, windows: int) -> Mapping[str, Any] | None:
         """The place after so many windows of `epoch` were trained; None where only reading again can find it."""
-        if self._holder is None or self._windows < 0:
-            return None
         if (epoch, windows) == (self._epoch + 1, 0):  # between two epochs
             epoch, windows = self._epoch, self._windows
         if epoch != self._epoch:
             return None
         if self._ahead:
             return self._noted.get(windows)
-        return self._now() if windows == self._windows else None
+        if windows != self._windows:
+            return None
+        return self._kept if self._holder is None or self._batches is None else self._now()
 
     def can_find(self, place: Mapping[str, Any] | None) -> bool:
         """Whether `find` can use a place that `after` gave."""

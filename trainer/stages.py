@@ -30,7 +30,7 @@ from .optim import parse_optimizers
 from .rng import derive_stream_of_rank, isolated, seed_generators, seed_of_run
 from .schedules import Schedulers, ValidationTimes
 from .state import Limits, Progress, RunningStage, TrainerFn, TrainerStatus
-from .stepping import Stepper
+from .stepping import Stepper, needs_closure
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -142,12 +142,20 @@ def _tell_of(exception: BaseException, trainer: Trainer, module: Module, datamod
 
 def _tear_down(trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
     stage = str(trainer.state.fn)
+    _let_go_of_loaders(trainer)
     trainer.strategy.unwrap()
     if datamodule is not None:
         datamodule.teardown(stage)
     for callback in trainer.callbacks:
         callback.teardown(trainer, module, stage)
     module.teardown(stage)
+
+
+def _let_go_of_loaders(trainer: Trainer) -> None:
+    runs = [run for run in (trainer.validation, trainer.evaluation) if run is not None]
+    for data in (trainer.train_data, *(one for run in runs for one in run.data)):
+        if data is not None:
+            data.close()
 
 
 # --- fit -------------------------------------------------------------------------------------------------------
@@ -163,6 +171,11 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
     optimizers, configs = parse_optimizers(module.configure_optimizers(), module.automatic_optimization)
     for optimizer in optimizers:
         strategy.check_optimizer(optimizer)
+        if strategy.scaler is not None and needs_closure(optimizer):
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} cannot be used with precision='16-mixed': its closure repeats the backward"
+                " pass within a step, which a loss scaler does not allow. Use 'bf16-mixed' or '32-true'."
+            )
     trainer.optimizers, trainer.lr_scheduler_configs = optimizers, configs
     data = trainer.load_train_data()
     check_same_data(trainer, data)

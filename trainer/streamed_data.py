@@ -17,7 +17,7 @@ import torch
 from ..errors import ConfigurationError
 from .combined import CombinedLoader
 from .iterables import ShardedDataset, length_of_stream, sharded
-from .loaders import batch_size_of, length_of, resolve_limit, set_epoch
+from .loaders import batch_size_of, length_of, let_go, resolve_limit, set_epoch
 from .plan import mix_seed
 from .positions import Position
 from .rank_zero import rank_zero_warn
@@ -46,7 +46,7 @@ class StreamedData:
     def __init__(self, loader: Any, strategy: Strategy, settings: DataSettings, deal: bool = False) -> None:
         self.user_loader = loader
         self.loader = sharded(loader, strategy.data_rank, strategy.data_ranks) if settings.take_over else loader
-        self._leaves = self.loader.flattened if isinstance(self.loader, CombinedLoader) else [self.loader]
+        self._leaves = leaves_of(self.loader)
         self._strategy = strategy
         self._settings = settings
         self._deal = deal
@@ -122,6 +122,15 @@ class StreamedData:
                 set_epoch(leaf, epoch)
         self._epoch = epoch
 
+    def close(self) -> None:
+        """Let go of the iterators that are ours, with their workers."""
+        self._position.keep()
+        for leaf, given in zip(self._leaves, leaves_of(self.user_loader), strict=True):
+            if isinstance(leaf, RankBatches):
+                leaf.planned.close()
+            elif leaf is not given:
+                let_go(leaf)
+
     # --- reading -----------------------------------------------------------------------------------------------
     def windows(self, epoch: int, first_batch: int = 0) -> Iterator[Window]:
         """The windows of `epoch` from micro-batch `first_batch` on, which must begin a window."""
@@ -142,8 +151,11 @@ class StreamedData:
     def _begin(self, first_batch: int) -> tuple[Iterator[Any], Any]:
         """This rank's batches from `first_batch` on, and the one before them, if it was read."""
         if self._found is not None and self._found["ended"] and first_batch:
-            return self._position.to_the_end(iter(())), None  # the next epoch begins from there
+            self._position.keep(self._found)  # the next epoch begins from there
+            return iter(()), None
         found, self._found = self._found, None
+        if first_batch and first_batch >= self.num_batches and (found is None or self._workers):
+            return iter(()), None  # workers begin anew
         if found is not None:
             self._position.find(found)
             if first_batch == 0 and not found["ended"]:
@@ -239,6 +251,11 @@ class StreamedData:
             yield Window(moved(held[:count] + [last] * ghosts, self.to_device), scales, weights, samples, ghosts)
             if not self._workers:
                 coming = fill()
+
+
+def leaves_of(loader: Any) -> list[Any]:
+    """The loaders of a collection, or the one loader."""
+    return loader.flattened if isinstance(loader, CombinedLoader) else [loader]
 
 
 class RankBatches:

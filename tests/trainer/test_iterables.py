@@ -420,7 +420,7 @@ def test_without_state_the_place_is_found_by_reading_and_one_warning_tells_the_c
     found = resumed_everywhere("no state", 0, str(tmp_path), accumulate_grad_batches=5)
     compare(found)
     told = [again["told"] for again in found[1:]]
-    assert [len(messages) for messages in told] == [1, 1, 0, 1, 1, 0], "none is due at an epoch's end"
+    assert [len(messages) for messages in told] == [1] * 6
     assert "Resuming reads 5 batches on every rank once more and throws them away" in told[0][0]
     assert "use torchdata's StatefulDataLoader" in told[0][0]
 
@@ -442,7 +442,7 @@ def test_every_rank_goes_on_where_it_was(kind: str, workers: int, tmp_path: Path
     ranks = run_ranks(resumed_on_ranks, 3, str(tmp_path), kind, workers, accumulate_grad_batches=1, timeout_seconds=120)
     for found in ranks:
         compare_rank(found)
-        assert all(bool(again["told"]) == (kind == "no state" and again["steps"] == 0) for again in found)
+        assert kind == "no state" or not any(again["told"] for again in found)
 
 
 def compare_rank(found: list[Any]) -> None:
