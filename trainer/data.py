@@ -181,12 +181,12 @@ class PlannedData:
         batches = self._read(epoch, first_batch)
         first = -(-first_batch // plan.micro_batches)  # also where the last window was a short one
         for number in range(first, plan.num_windows):
-            if number == first or number >= plan.full_windows:
+            if number == first or number >= plan.full_windows or self._settings.loss_weight is not None:
                 samples = plan.window_weight(number)
                 weights = [float(part.weight) for part in plan.window(number)]
                 scales = [w * self._strategy.gradient_divisor / samples for w in weights]
-                ghosts = weights.count(0.0)
-            yield self._window(batches, scales, weights, samples, ghosts)
+                window = self._window(batches, scales, weights, samples, weights.count(0.0))
+            yield window  # full windows are alike, but for what `batches` goes on with
 
     def _dealt_windows(self, plan: EpochPlan, drawn: list[Any], epoch: int, first_batch: int) -> Iterator[Window]:
         in_batches = self.user_loader.batch_sampler is not None

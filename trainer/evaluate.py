@@ -17,6 +17,7 @@ import torch
 
 from .evaluation_data import EvaluationData
 from .metric_objects import untouched
+from .rng import place_kept
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -124,7 +125,7 @@ def _reduced(run: Evaluation) -> list[dict[str, float]]:
 def _evaluating(run: Evaluation) -> Iterator[None]:
     """Layers get their modes back afterwards, and training metrics their window."""
     run.module.__dict__["_modes"] = [(module, module.training) for module in run.module.modules()]
-    with run.metrics.evaluation():
+    with run.metrics.evaluation(), place_kept():
         yield
 
 

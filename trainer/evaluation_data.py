@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ConfigurationError
 from .combined import CombinedLoader
-from .iterables import deals_by_rank, length_of_stream, sharded
+from .iterables import begin_stream, deals_by_rank, length_of_stream, sharded
 from .loaders import (
     IndexBatches,
     batch_size_of,
@@ -34,6 +34,7 @@ from .loaders import (
 )
 from .plan import evaluation_batches, permutation
 from .rank_zero import rank_zero_warn
+from .rng import Place
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -90,6 +91,7 @@ class EvaluationData:
         count = min(self.num_batches, limit)
         if self._loader is not None:
             return self._taken_over(self._loader, self._index_lists(int(count)))
+        begin_stream(self.user_loader, Place(self._seed, 0, 0))
         batches = (
             (b for b, _, _ in self.user_loader) if isinstance(self.user_loader, CombinedLoader) else self.user_loader
         )

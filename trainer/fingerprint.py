@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..errors import ConfigurationError
 from .iterables import deals_by_rank
 from .loaders import can_be_taken_over, length_of
-from .rng import isolated
+from .rng import Place, arrive_at, isolated, place_kept
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -52,12 +52,16 @@ def _content(dataset: Any) -> dict[str, Any]:
 def _digest(dataset: Any, index: int) -> str | None:
     """A hash of one sample; None where it is another each time, or cannot be read or written by itself."""
     try:
-        with isolated(0):
-            first = _hash(dataset[index])
-        with isolated(0):
-            return first if _hash(dataset[index]) == first else None
+        first, again = (_hash_of_sample(dataset, index) for _ in range(2))
     except (pickle.PicklingError, AttributeError, TypeError, LookupError):  # an index may be a key of a sampler
         return None
+    return first if first == again else None
+
+
+def _hash_of_sample(dataset: Any, index: int) -> str:
+    with isolated(0), place_kept():
+        arrive_at(Place(0, 0, 0))
+        return _hash(dataset[index])
 
 
 def _hash(sample: Any) -> str:

@@ -15,11 +15,37 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .combined import CombinedLoader
 from .loaders import has_state, length_of, names_used
 from .rank_zero import rank_zero_info
+from .rng import Place, arrive_at
 
 _BY_WORKER = {"get_worker_info", "worker_info", "num_workers", "worker_id"}
 _BY_RANK = {"get_rank", "get_world_size", "global_rank", "data_rank", "world_size", "rank", "RANK", "WORLD_SIZE"}
 #: Libraries whose iterable data sets know about ranks and workers themselves.
 _KNOWN = ("webdataset", "streaming", "torchdata")
+
+
+class StartsAt:
+    """The first thing that a worker of a stream does: it learns its place, then does what the user's function says."""
+
+    place = Place(0, 0, 0)
+
+    def __init__(self, then: Any) -> None:
+        self._then = then
+
+    def __call__(self, worker_id: int) -> None:
+        """What torch calls as the worker starts."""
+        arrive_at(self.place)
+        if self._then is not None:
+            self._then(worker_id)
+
+
+def begin_stream(loader: Any, place: Place) -> None:
+    """`sample_generator` knows the epoch in what is read of `loader` from now on; persistent workers keep their first.
+
+    Other than those of map-style data, batches of a stream have no place of their own.
+    """
+    arrive_at(place)
+    if isinstance(start := getattr(loader, "worker_init_fn", None), StartsAt):
+        start.place = place
 
 
 class ShardedDataset(IterableDataset[Any]):
@@ -117,15 +143,18 @@ def sharded(loader: Any, rank: int, ranks: int) -> Any:
     by_worker = not _deals_by_worker(loader)
     if ranks > 1 and not by_rank:
         rank_zero_info(f"{name} deals its items to the ranks itself, or so its code reads: it is left alone.")
-    if (ranks == 1 or not by_rank) and (loader.num_workers <= 1 or not by_worker):
+    shards = (ranks > 1 and by_rank) or (loader.num_workers > 1 and by_worker)
+    if not shards and loader.num_workers == 0:
         return loader
+    twin = copy.copy(loader)
+    twin.__dict__.update(_iterator=None, _IterableDataset_len_called=None)
+    twin.__dict__["worker_init_fn"] = StartsAt(loader.worker_init_fn)
+    if not shards:
+        return twin
     what = [word for word, ours in (("ranks", by_rank and ranks > 1), ("workers", by_worker)) if ours]
     rank_zero_info(f"{name} is dealt over {' and '.join(what)}, item by item.")
     kind = StatefulShardedDataset if has_state(dataset) else ShardedDataset
-    twin = copy.copy(loader)
     twin.__dict__["dataset"] = kind(dataset, *((rank, ranks) if by_rank else (0, 1)), by_worker)
-    twin.__dict__["_iterator"] = None
-    twin.__dict__["_IterableDataset_len_called"] = None
     return twin
 
 

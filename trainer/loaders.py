@@ -73,12 +73,14 @@ class IndexBatches:
             place = Place(self.seed, self.epoch, position)
             arrive_at(place, in_worker=False)
             self.drawn += 1
-            if isinstance(indices, list):
+            if not self.in_workers:
+                yield indices
+            elif isinstance(indices, list):
                 placed = IndexList(indices)
                 placed.place = place
                 yield placed
             else:
-                yield _OnItsWay(place, indices) if self.in_workers else indices
+                yield _OnItsWay(place, indices)
 
     def __len__(self) -> int:
         return self.count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
+
+#: For each part of a metric, whether this rank fed it, and its states.
+_Fed = list[tuple[bool, dict[str, Any]]]
 
 
 def is_metric_object(value: Any) -> bool:
@@ -24,18 +27,37 @@ def path_of(metric: Any, module: nn.Module | None) -> str:
     return "" if module is None else next((path for path, part in module.named_modules() if part is metric), "")
 
 
-def compute(metric: Any, strategy: Strategy) -> Any:
-    """`metric.compute()` over what all ranks fed it; afterwards its states are this rank's own again. Collective.
+def compute_all(metrics: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
+    """`compute()` of each over what all ranks fed it; afterwards its states are this rank's own again. One collective.
 
     torchmetrics' own way would wait for ever where a rank had no batch, or another number of them.
     """
-    if strategy.world_size == 1 or not hasattr(metric, "_reductions"):
-        return metric.compute()
-    parts = [part for part in metric.modules() if hasattr(part, "_reductions")]
-    mine = [
-        (part._update_count > 0, {name: _on_cpu(getattr(part, name)) for name in part._reductions}) for part in parts
+    if strategy.world_size == 1:
+        return {name: metric.compute() for name, metric in metrics.items()}
+    mine = {name: _fed_states(metric) for name, metric in metrics.items() if hasattr(metric, "_reductions")}
+    shares = strategy.all_gather_object(mine) if mine else []
+    return {
+        name: _compute_merged(metric, mine[name], [share[name] for share in shares])
+        if name in mine
+        else metric.compute()
+        for name, metric in metrics.items()
+    }
+
+
+def _parts(metric: Any) -> list[Any]:
+    """The metric and those that it is made of."""
+    return [part for part in metric.modules() if hasattr(part, "_reductions")]
+
+
+def _fed_states(metric: Any) -> _Fed:
+    return [
+        (part._update_count > 0, {name: _on_cpu(getattr(part, name)) for name in part._reductions})
+        for part in _parts(metric)
     ]
-    shares = strategy.all_gather_object(mine)
+
+
+def _compute_merged(metric: Any, mine: _Fed, shares: list[_Fed]) -> Any:
+    parts = _parts(metric)
     before = [dict(vars(part)) for part in parts]
     for number, part in enumerate(parts):
         fed = [states for was_fed, states in (share[number] for share in shares) if was_fed] or [mine[number][1]]
@@ -96,6 +118,17 @@ def untouched(module: nn.Module) -> Iterator[None]:
     finally:
         for metric, before in held:
             vars(metric).update(before)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever the body does to the buffers of `module`, as batch statistics, is undone, behind autograd's back."""
+    held = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in held:
+            buffer.data.copy_(before)  # autograd may have saved the buffer; what goes backward is multiplied by zero
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:

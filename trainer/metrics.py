@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from .loaders import batch_size_of
-from .metric_objects import compute, is_metric_object, load_metric_states, metric_states, path_of
+from .metric_objects import compute_all, is_metric_object, load_metric_states, metric_states, path_of
 from .reduction import NEUTRAL, Capacity, HostCopy, Sum, Transfer, combine, widen
 
 if TYPE_CHECKING:
@@ -376,7 +376,8 @@ class Metrics:
 
     def _computed(self, objects: Mapping[str, Any], keep: bool) -> dict[str, float]:
         """The values of metric objects over all ranks; without `keep` they are reset."""
-        values = {name: _host_number(name, compute(objects[name], self._strategy)) for name in sorted(objects)}
+        computed = compute_all({name: objects[name] for name in sorted(objects)}, self._strategy)
+        values = {name: _host_number(name, value) for name, value in computed.items()}
         if not keep:  # after all were computed: those of a collection share their states
             for metric in objects.values():
                 metric.reset()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -64,33 +64,21 @@ def _by_its_own(batch: Any, device: torch.device) -> Any:
 
 
 def ahead(batches: Iterator[Any], transfer: Callable[[Any], Any], device: torch.device) -> Iterator[Any]:
-    """`transfer(batch)` for each of `batches`, one batch ahead on a side stream of a CUDA device."""
+    """`transfer(batch)` for each of `batches`, one batch ahead on a side stream of a CUDA device.
+
+    Batch i + 1 is copied while batch i is trained on. Its copy waits for the kernels of batch i - 1, whose memory it
+    may be given; so no tensor has to be registered with the allocator, however deep in a batch it is.
+    """
     side = torch.cuda.Stream(device)
     moved: Any = None
     held: Any = None
     for host_batch in batches:
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             coming = transfer(host_batch)
         if held is not None:
             yield moved
         torch.cuda.current_stream(device).wait_stream(side)
-        _used_on(torch.cuda.current_stream(device), coming)
         moved, held = coming, host_batch
     if held is not None:
         yield moved
-
-
-def _used_on(stream: torch.cuda.Stream, batch: Any) -> None:
-    """Tell the allocator that tensors made on the side stream are used on `stream`."""
-    if isinstance(batch, Tensor):
-        if batch.is_cuda:
-            batch.record_stream(stream)
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            _used_on(stream, item)
-    elif isinstance(batch, (list, tuple)):
-        for item in batch:
-            _used_on(stream, item)
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        for field in dataclasses.fields(batch):
-            _used_on(stream, getattr(batch, field.name))

@@ -108,7 +108,7 @@ class ValidationTimes:
 
     def due(self, progress: Progress, last: bool, stopping: bool) -> bool:
         """After a window: whether validation runs now. What fell due inside the window does."""
-        if not self._epoch_counts(progress):
+        if not self._enabled or not self._epoch_counts(progress):
             return False
         before, self._seen = self._seen, self._count(progress)
         if stopping:

@@ -24,7 +24,7 @@ from .faults import reported
 from .fingerprint import check_alike
 from .hooks import Hooks, check_names, overridden, without_missing
 from .loop import Fit
-from .metric_objects import untouched
+from .metric_objects import buffers_kept, untouched
 from .module import Module
 from .optim import parse_optimizers
 from .rng import derive_stream_of_rank, isolated, seed_generators, seed_of_run
@@ -152,6 +152,9 @@ def _tear_down(trainer: Trainer, module: Module, datamodule: DataModule | None) 
 
 
 def _let_go_of_loaders(trainer: Trainer) -> None:
+    """End the workers now: a window or a persistent iterator in a reference cycle would keep them alive."""
+    if trainer.fit_run is not None:
+        trainer.fit_run.stepper.let_go()
     runs = [run for run in (trainer.validation, trainer.evaluation) if run is not None]
     for data in (trainer.train_data, *(one for run in runs for one in run.data)):
         if data is not None:
@@ -361,6 +364,7 @@ def _prepare_epoch(trainer: Trainer, fit: Fit, module: Module) -> None:
     step = without_missing(module.training_step, 2, "batch_idx")
     fit.training_step = fit.strategy.training_step(step) if fit.automatic else fit.strategy.evaluation_step(step)
     fit.ghost_step = _ghost(fit.training_step, trainer)
+    fit.stepper.let_go()  # of the last window of the epoch before, and its workers
     fit.data.set_epoch(fit.progress.epoch)
     fit.num_batches = fit.data.num_batches
     fit.validation.begin_epoch(fit.num_batches, fit.progress)
@@ -370,7 +374,8 @@ def _ghost(step: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
     """`step`, of which nothing but the loss remains, which is to be multiplied by zero."""
 
     def ghost_step(*args: Any) -> Any:
-        with untouched(trainer.lightning_module), trainer.metrics.silent():
+        module = trainer.lightning_module
+        with untouched(module), buffers_kept(module), trainer.metrics.silent():
             return step(*args)
 
     return ghost_step

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigurationError
 from .optim import OptimizerHandle
+from .windows import Window
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from .loop import Fit
     from .metrics import Metrics
     from .module import Module
-    from .windows import Window
 
 
 class Stepper:
@@ -69,6 +69,11 @@ class Stepper:
             self._skipped = []
         if self.keeps:
             self._kept, self._loss = [], None
+
+    def let_go(self) -> None:
+        """Hold no window any more: with it goes the loader's iterator, and its workers."""
+        self._window = Window(iter(()), (), (), 0)
+        self._kept, self._loss = [], None
 
     def zero_grad(self, batch_idx: int) -> None:
         """Clear the gradients of the window before."""

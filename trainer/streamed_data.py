@@ -16,12 +16,12 @@ import torch
 
 from ..errors import ConfigurationError
 from .combined import CombinedLoader
-from .iterables import ShardedDataset, length_of_stream, sharded
+from .iterables import ShardedDataset, begin_stream, length_of_stream, sharded
 from .loaders import batch_size_of, length_of, let_go, resolve_limit, set_epoch
 from .plan import mix_seed
 from .positions import Position
 from .rank_zero import rank_zero_warn
-from .rng import isolated
+from .rng import Place, isolated
 from .windows import DataSettings, ToDevice, Window, moved, shares
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ class StreamedData:
         done = -(-first_batch // settings.accumulate)
         self._position.begin(epoch, ahead=self._workers and not (alone and self.to_device is None))
         self.set_epoch(epoch)
+        for leaf in self._leaves:
+            begin_stream(leaf, Place(settings.seed, epoch, 0))
         with isolated(mix_seed(settings.seed, _STREAM, epoch, self._strategy.data_rank)):
             # What loaders draw as they begin comes from this stream: a resumed epoch begins as it did before.
             batches, last = self._begin(first_batch)

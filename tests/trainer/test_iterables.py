@@ -205,6 +205,36 @@ def test_streams_of_unequal_lengths_end_together_and_every_batch_weighs_its_item
     assert all(means == pytest.approx(expected, rel=1e-9) for _, _, means, _ in results)
 
 
+class Normed(Draws):
+    """Notes the batch statistics after each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1, momentum=None)
+        self.means: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + 0 * self.norm(batch.float()[:, None]).sum()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.means.append(self.norm.running_mean.item())
+
+
+def fit_normed() -> Any:
+    class Reversed(ByRank):
+        """Rank 0 has least, so it keeps up; its buffers are those that all ranks get."""
+
+    module, trainer = Normed(), tiny_trainer(strategy="ddp")
+    trainer.fit(module, DataLoader(Reversed(trainer.global_rank), batch_size=2))
+    return module.means, module.norm.num_batches_tracked.item()
+
+
+def test_a_batch_that_is_repeated_to_keep_up_leaves_no_trace_in_batch_statistics() -> None:
+    (means, tracked), _ = run_ranks(fit_normed, 2)
+    assert means == pytest.approx([0.5, 1.5, 2.5, 2.5, 2.5]), "3 batches of its own, then 2 repeated"
+    assert tracked == 3
+
+
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 def fit_with_an_empty_rank() -> None:
     trainer = tiny_trainer(strategy="ddp")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,3 +194,13 @@ def test_a_metrics_name_with_a_slash_may_stand_in_a_checkpoints_name() -> None:
     assert saving.best_model_path.endswith("c/0-loss=0.25.ckpt")
     with pytest.raises(ConfigurationError, match="dirpath"):
         ModelCheckpoint(filename="folder/{epoch}")
+
+
+# --- two optimizers ------------------------------------------------------------------------------------------------
+def test_the_example_of_a_gan_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    script = Path(__file__).resolve().parents[2] / "examples" / "gan.py"
+    monkeypatch.setattr("sys.argv", ["gan.py", "--fast-dev-run"])
+    runpy.run_path(str(script), run_name="__main__")
+    drawn = capsys.readouterr().out.splitlines()[-8:]
+    assert {len(row) for row in drawn} == {4 * 16 + 3 * 3}
