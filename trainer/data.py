@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["DataSettings", "PlannedData", "StreamedData", "Window", "training_data"]
 
 _WORKERS_STREAM = 0x776F726B  # "work"
-_READ_AT_ONCE = 4096
+_READ_AT_ONCE = 2048
 
 
 class PlannedData:
@@ -176,7 +176,7 @@ class PlannedData:
         return self._dealt_windows(plan, drawn, epoch, first_batch)
 
     def _cut_windows(self, plan: EpochPlan, order: Order, epoch: int, first_batch: int) -> Iterator[Window]:
-        self._indices.lists = _in_chunks(order, plan.spans(first_batch))
+        self._indices.lists = _index_lists(plan, order, first_batch)
         self._indices.count = plan.num_batches - first_batch
         batches = self._read(epoch, first_batch)
         first = -(-first_batch // plan.micro_batches)  # also where the last window was a short one
@@ -273,14 +273,18 @@ class _DrawnOrder(Order):
         return self._indices[start:stop]
 
 
-def _in_chunks(order: Order, spans: Iterator[tuple[int, int]]) -> Iterator[tuple[int, list[Any]]]:
-    """The first position and the indices of each span; an order is cheaper to read some thousand at a time."""
-    chunk: list[Any] = []
-    first = 0
-    for start, stop in spans:
-        if start < first or stop > first + len(chunk):
-            chunk, first = order[start : max(stop, start + _READ_AT_ONCE)], start
-        yield start, chunk[start - first : stop - first]
+def _index_lists(plan: EpochPlan, order: Order, first_batch: int) -> Iterator[tuple[int, list[Any]]]:
+    """The first position and the indices of each micro-batch: some at a time, as one by one they would cost thrice."""
+    spans = plan.spans(first_batch)
+    at_once = max(1, _READ_AT_ONCE // plan.batch_size)
+    while some := list(islice(spans, at_once)):
+        first, last = min(start for start, _ in some), max(stop for _, stop in some)
+        if last - first <= 4 * _READ_AT_ONCE:
+            held = order[first:last]
+            lists = [(start, held[start - first : stop - first]) for start, stop in some]
+        else:  # most of what lies between is for other ranks
+            lists = [(start, order[start:stop]) for start, stop in some]
+        yield from lists
 
 
 def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> PlannedData | StreamedData:

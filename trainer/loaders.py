@@ -69,13 +69,15 @@ class IndexBatches:
         self.drawn = 0
 
     def __iter__(self) -> Iterator[Any]:
+        epoch = Place(self.seed, self.epoch, 0)
         for position, indices in self.lists:
-            place = Place(self.seed, self.epoch, position)
-            arrive_at(place, in_worker=False)
+            arrive_at(epoch, in_worker=False)
             self.drawn += 1
             if not self.in_workers:
                 yield indices
-            elif isinstance(indices, list):
+                continue
+            place = Place(self.seed, self.epoch, position)
+            if isinstance(indices, list):
                 placed = IndexList(indices)
                 placed.place = place
                 yield placed

@@ -153,7 +153,8 @@ class Metrics:
     """All that a run logs.
 
     Whoever calls hooks sets `hook` to the hook under way and, for a batch, `batch` and `weight` (None: found from the
-    batch when a mean first needs it). `on_log` receives each point: names → host floats, and its step.
+    batch when a mean first needs it). `on_log` receives each point: names → host floats, and its step. `waiting` are
+    the points on their way.
     """
 
     def __init__(self, strategy: Strategy, on_log: Callable[[dict[str, float], int], None]) -> None:
@@ -170,7 +171,7 @@ class Metrics:
         self._capacity = Capacity()
         self._training: dict[Any, Entry] = {}
         self._evaluation: dict[Any, Entry] = {}
-        self._points: list[_Point] = []
+        self.waiting: list[_Point] = []
         self._point_step = 0
         self._published_window = -1
         self._training_window = 0
@@ -306,18 +307,13 @@ class Metrics:
         for entry in self._training.values():
             if entry.on_step and entry.window == window:
                 sums[entry.step_name] = entry.step_sum()
-        self._points.append(_Point(step, epoch, samples, window, self._transfer(sums), due))
+        self.waiting.append(_Point(step, epoch, samples, window, self._transfer(sums), due))
         self.deliver()
-
-    @property
-    def waiting(self) -> bool:
-        """True while a point is on its way."""
-        return bool(self._points)
 
     def deliver(self, wait: bool = False) -> None:
         """Hand on the points that have arrived; `wait` for all of them (every rank then waits at the same place)."""
-        while self._points and (wait or self._points[0].transfer.arrived()):
-            point = self._points.pop(0)
+        while self.waiting and (wait or self.waiting[0].transfer.arrived()):
+            point = self.waiting.pop(0)
             reduced = point.transfer.finish()
             self._published_window = point.window
             for_loggers = self._publish(reduced, point.transfer.labels)
@@ -479,7 +475,7 @@ class Metrics:
         """Start a call of the trainer with nothing logged."""
         for held in (self._training, self._evaluation, self._reduced, self._reduced_logged, self._reduced_bar):
             held.clear()
-        self._points.clear()
+        self.waiting.clear()
         self._bar = _BarValues()
         self._point_step, self._published_window = 0, -1
 

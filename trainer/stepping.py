@@ -82,7 +82,7 @@ class Stepper:
         for hook in self._hooks.on_before_zero_grad:
             hook(optimizer)
         if self._own_zero_grad is None:
-            optimizer.zero_grad()
+            clear_gradients(optimizer)
         else:
             self._own_zero_grad(self.fit.progress.epoch, batch_idx, optimizer)
 
@@ -211,6 +211,16 @@ def needs_closure(optimizer: Optimizer) -> bool:
     step = inspect.unwrap(type(optimizer).step)
     closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is closure.empty
+
+
+def clear_gradients(optimizer: Optimizer) -> None:
+    """`optimizer.zero_grad()`; torch's own without its profiler range, which costs more than all the rest of it."""
+    if getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:

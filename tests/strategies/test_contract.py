@@ -120,6 +120,24 @@ def exercise_is_global_zero(strategy: Strategy) -> Any:
 
 
 @exercise
+def exercise_global_rank(strategy: Strategy) -> Any:
+    return strategy.global_rank
+
+
+@exercise
+def exercise_root_device(strategy: Strategy) -> Any:
+    return str(strategy.root_device)
+
+
+@exercise
+def exercise_reduce(strategy: Strategy) -> Any:
+    """Each reduction by Lightning's name, and whether the tensor given to it is as it was."""
+    tensor = torch.tensor([1.0 + strategy.rank])
+    reduced = {op: strategy.reduce(tensor, reduce_op=op).item() for op in ("sum", "mean", "avg", "max", None)}
+    return reduced, tensor.item() == 1.0 + strategy.rank
+
+
+@exercise
 def exercise_building(strategy: Strategy) -> Any:
     with strategy.building():
         return nn.Linear(2, 1).weight.device.type
@@ -401,6 +419,7 @@ def test_every_strategy_that_keeps_parameters_whole_is_exercised() -> None:
 @every_case
 def test_a_strategy_knows_its_place(name: str, ranks: int) -> None:
     expect("take_place", name, ranks, lambda rank: (rank, ranks, rank, ranks, 0))
+    expect("global_rank", name, ranks, lambda rank: rank)
     expect("is_global_zero", name, ranks, lambda rank: rank == 0)
     expect("data_rank", name, ranks, lambda rank: rank)
     expect("data_ranks", name, ranks, lambda rank: ranks)
@@ -417,6 +436,7 @@ def test_parameters_have_the_type_of_the_precision(name: str, ranks: int) -> Non
     expected = {key: (f"torch.{dtype}", key == "16-mixed", "cpu") for key, dtype in types.items()}
     expect("place", name, ranks, lambda rank: expected)
     expect("building", name, ranks, lambda rank: "cpu")
+    expect("root_device", name, ranks, lambda rank: "cpu")
     expect("check_optimizer", name, ranks, lambda rank: None)
 
 
@@ -498,6 +518,8 @@ def test_collectives_give_every_rank_the_same(name: str, ranks: int) -> None:
     numbers = [1.0 + rank for rank in range(ranks)]
     reduced = {"sum": sum(numbers), "mean": sum(numbers) / ranks, "min": 1.0, "max": float(ranks)}
     expect("all_reduce", name, ranks, lambda rank: reduced)
+    renamed = {"sum": "sum", "mean": "mean", "avg": "mean", "max": "max", None: "sum"}
+    expect("reduce", name, ranks, lambda rank: ({op: reduced[ours] for op, ours in renamed.items()}, True))
     expect("barrier", name, ranks, lambda rank: None)
     expect("broadcast", name, ranks, lambda rank: ranks - 1)
     expect("broadcast_object", name, ranks, lambda rank: {"rank": ranks - 1})

@@ -110,7 +110,7 @@ def test_evaluation_data_that_differs_is_refused_on_every_rank(call: str) -> Non
     assert len(failed.value.errors) == 2
 
 
-# --- what is the same data all the same --------------------------------------------------------------------------------
+# --- what is the same data all the same -------------------------------------------------------------------------------
 class Augmented(Dataset[Any]):
     """Draws from a generator of its own, which nobody seeded, and from the global ones."""
 

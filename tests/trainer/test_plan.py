@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from paceline.errors import ConfigurationError
+from paceline.trainer import data as data_module
 from paceline.trainer import plan as plan_module
 from paceline.trainer.plan import (
     DealtPlan,
@@ -324,6 +326,18 @@ def test_seeking_equals_iterating(shape, ranks, limit):
     for window in range(plan.num_windows):
         for place, batch_idx in enumerate(plan.window_batches(window)):
             assert plan.locate(batch_idx) == (window, place)
+
+
+@given(SHAPES, RANKS, LIMITS, st.integers(0, 8), st.integers(1, 60))
+def test_what_is_read_some_at_a_time_are_the_parts_in_the_epochs_order(shape, ranks, limit, window, at_once):
+    plan = EpochPlan(**shape, ranks=ranks, rank=ranks // 2, limit_batches=limit)
+    first = min(window * plan.micro_batches, plan.num_batches)
+    parts = [plan.part(batch_idx) for batch_idx in range(first, plan.num_batches)]
+    order = permutation(shape["num_samples"], 3, 0)
+    expected = [(part.start, order[part.start : part.stop]) for part in parts]
+    assert list(plan.spans(first)) == [(part.start, part.stop) for part in parts]
+    with mock.patch.object(data_module, "_READ_AT_ONCE", at_once):
+        assert list(data_module._index_lists(plan, order, first)) == expected
 
 
 @given(SHAPES, RANKS, st.integers(0, 30))

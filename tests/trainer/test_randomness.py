@@ -258,3 +258,23 @@ def test_deterministic_gives_the_same_bits_twice(ranks: int) -> None:
     first, second = (run_ranks(deterministic_weights, ranks, workers) for workers in (1, 2))
     assert list(first) == list(second)
     assert first[0] == first[-1]
+
+
+def run_example(arguments: list[str]) -> str:
+    """What examples/augmentation.py prints in the end."""
+    import contextlib
+    import io
+    import runpy
+
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "augmentation.py"))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        example["main"](arguments)
+    return printed.getvalue().strip().rpartition("\n")[2]
+
+
+def test_the_example_trains_the_same_images_with_workers_and_on_ranks() -> None:
+    alone = run_example([])
+    assert alone.startswith("Loss 0.")
+    assert run_example(["--workers", "2"]) == alone
+    assert run_ranks(run_example, 2, ["--devices", "2", "--workers", "1"])[0] == alone
