@@ -6,6 +6,7 @@ Each test runs in its own empty folder, seeded, on one thread, and leaves the pr
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class RootIsNoPackageOfTests:
 def pytest_configure(config: pytest.Config) -> None:
     # torch asks the name server for the name of 127.0.0.1 at each connection, and waits 5 s for a lost answer.
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:3")
+    # A shell starts what it puts into the background with Ctrl-C ignored, and every process we start would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(RootIsNoPackageOfTests())
 
 
