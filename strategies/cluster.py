@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..errors import LaunchError
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -83,9 +85,14 @@ def rendezvous_environment(cluster: Cluster, environ: Mapping[str, str] | None =
     """What torch's `env://` still lacks under SLURM and MPI: the address and port of rank 0, rank and world size.
 
     SLURM: the first host of the node list and a port made from the job's number. MPI across nodes names no host:
-    set MASTER_ADDR yourself.
+    set MASTER_ADDR yourself; LaunchError without.
     """
     env = os.environ if environ is None else environ
+    if cluster.found_by == "MPI" and cluster.num_nodes > 1 and "MASTER_ADDR" not in env:
+        raise LaunchError(
+            f"MPI started {cluster.num_nodes} nodes, but tells none of them where rank 0 is. Set MASTER_ADDR to the "
+            "address of its host: mpirun -x MASTER_ADDR=HOST ..."
+        )
     job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", env.get("OMPI_MCA_ess_base_jobid", env.get("PMIX_NAMESPACE", ""))))
     host = first_host(env["SLURM_STEP_NODELIST"]) if "SLURM_STEP_NODELIST" in env else "127.0.0.1"
     wanted = {

@@ -33,14 +33,13 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from ..errors import LaunchError
 from .faults import LAUNCHER_FOLDER, ranks_in_a_run, read_reports
+from .meeting import MEETING_SECONDS, Place, meet
 from .verdict import RESUMABLE, JobEnd, RankEnd, verdict
 
 GRACE_SECONDS = {signal.SIGINT: 10.0, signal.SIGTERM: 30.0}
 """How long ranks may take to end after Ctrl-C, and after SIGTERM, when they may have a checkpoint to write."""
 FAILURE_GRACE_SECONDS = 5.0
 """How long the other ranks may take to end when one has failed."""
-RENDEZVOUS_SECONDS = 900
-"""How long one node waits for the others."""
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -64,12 +63,15 @@ def run_ranks(
     _quieten_torch()
     with tempfile.TemporaryDirectory(prefix="paceline-launch-", ignore_cleanup_errors=True) as folder:
         try:
+            if num_nodes > 1:
+                place = Place("node", node_rank, num_nodes, master_addr, master_port, opens_store=node_rank == 0)
+                _held = meet(place, **{"--devices": devices, "--num-nodes": num_nodes})  # until the agent has its own
             agent = _agent(command, devices, num_nodes, node_rank, master_addr, master_port, Path(folder))
             agent.run()
         except KeyboardInterrupt:  # before the ranks were started, or after they ended
             return 128 + signal.SIGINT
         except (RendezvousError, DistError) as error:
-            raise LaunchError(_why_no_rendezvous(num_nodes, master_addr, master_port, error)) from error
+            raise LaunchError(f"The ranks' meeting point at {master_addr} could not be opened: {error}") from error
         code, message = verdict(agent.end())
     if message:
         sys.stderr.write(f"\n{message}")  # a rank may have been ended in the middle of a line, such as a progress bar
@@ -95,7 +97,7 @@ def _agent(
         max_nodes=num_nodes,
         local_addr=master_addr if alone else None,  # else a host name, which may not resolve
         rank=node_rank,
-        timeout=RENDEZVOUS_SECONDS,
+        timeout=MEETING_SECONDS,
     )
     spec = WorkerSpec(
         role="default",
@@ -327,13 +329,3 @@ def _quieten_torch() -> None:
         logger = logging.getLogger("torch.distributed.elastic")
         logger.addHandler(logging.NullHandler())
         logger.propagate = False
-
-
-def _why_no_rendezvous(num_nodes: int, master_addr: str, master_port: int, error: Exception) -> str:
-    if num_nodes == 1:
-        return f"The ranks' meeting point on {master_addr} could not be opened: {error}"
-    return (
-        f"The {num_nodes} nodes did not meet at {master_addr}:{master_port}: {error}. Run the same command on every "
-        "node, --node-rank 0 on the one that has this address, within "
-        f"{RENDEZVOUS_SECONDS // 60} minutes, and choose a port that is free there and open to the others."
-    )

@@ -26,7 +26,7 @@ from ..strategies import hsdp as _hsdp  # noqa: F401
 from ..strategies import single as _single  # noqa: F401
 from ..strategies.auto import Choice, by_size, choose
 from ..strategies.base import Strategy
-from ..strategies.cluster import find_cluster
+from ..strategies.cluster import find_cluster, rendezvous_environment
 from ..strategies.estimate import measure, table
 from ..strategies.precision import parse_precision
 from . import estimating, launch, stages, verify
@@ -42,12 +42,12 @@ from .evaluate import Evaluation, evaluate, gathered
 from .hooks import Hooks, check_names
 from .loop import Fit
 from .loop import fit as run_fit
+from .meeting import meet_ranks
 from .metrics import Metrics
 from .module import Module, require
 from .optim import OptimizerHandle, SchedulerConfig
 from .properties import TrainerProperties
 from .rank_zero import rank_zero_warn
-from .same_code import check_same_code
 from .state import Progress, RunningStage, TrainerFn, TrainerState
 
 
@@ -294,10 +294,11 @@ class Trainer(TrainerProperties):
             if chosen.strategy is not self.strategy:
                 self._use(chosen)
             self._choice = chosen
+        held = meet_ranks(self._cluster, os.environ | rendezvous_environment(self._cluster)) if self._cluster else None
         self.strategy.connect(self._cluster)
+        del held  # the store in which the ranks met, until torch has opened its own there
         for channel in ("control", "metrics", "data", "checkpoint"):  # made together: making one is a collective
             self.strategy.channel(channel)
-        check_same_code(self.strategy)
         self._connected = True
 
     def load_train_data(self) -> PlannedData | StreamedData:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-from helpers.scripts import RunningScript, ScriptResult, start_command
+from helpers.scripts import Environment, RunningScript, ScriptResult, start_command
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,23 @@ def two_nodes() -> Iterator[list[Node]]:
 
 
 @contextmanager
-def start_on(nodes: list[Node], node: int, program: tuple[str, ...], ranks: int) -> Iterator[RunningScript]:
+def start_on(
+    nodes: list[Node], node: int, program: tuple[str, ...], ranks: int, env: Environment
+) -> Iterator[RunningScript]:
     """torchrun of one node."""
     at = nodes[node]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(nodes)), "--node-rank", str(node)]
     with start_command(
         "ip", "netns", "exec", at.name, *torchrun, "--nproc-per-node", str(ranks), "--master-addr", nodes[0].address,
-        "--master-port", "29500", *program, env={"GLOO_SOCKET_IFNAME": at.interface}, timeout_seconds=150,
+        "--master-port", "29500", *program, env=env, timeout_seconds=150,
     ) as running:  # fmt: skip
         yield running
 
 
-def run_on(nodes: list[Node], *program: str, ranks: int = 2) -> list[ScriptResult]:
+def run_on(nodes: list[Node], *program: str, ranks: int = 2, env: Environment | None = None) -> list[ScriptResult]:
     """One job over all nodes; the result of each node's torchrun."""
     with ExitStack() as stack:
-        running = [stack.enter_context(start_on(nodes, i, program, ranks)) for i in range(len(nodes))]
+        running = [stack.enter_context(start_on(nodes, i, program, ranks, env or {})) for i in range(len(nodes))]
         return [job.wait() for job in running]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from paceline.errors import LaunchError
 from paceline.strategies.cluster import Cluster, find_cluster, first_host, rendezvous_environment
 
 TORCHRUN = {
@@ -97,11 +98,20 @@ def test_what_the_user_set_stays() -> None:
 
 
 def test_mpis_rendezvous_is_on_this_host_and_the_port_is_a_valid_one() -> None:
-    cluster = find_cluster(MPI)
+    here = MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+    cluster = find_cluster(here)
     assert cluster is not None
-    added = rendezvous_environment(cluster, MPI)
+    added = rendezvous_environment(cluster, here)
     assert added["MASTER_ADDR"] == "127.0.0.1"
     assert 1024 < int(added["MASTER_PORT"]) < 65536
+
+
+def test_mpi_across_nodes_needs_an_address_from_the_user() -> None:
+    cluster = find_cluster(MPI)
+    assert cluster is not None
+    with pytest.raises(LaunchError, match=r"MPI started 2 nodes.*mpirun -x MASTER_ADDR=HOST"):
+        rendezvous_environment(cluster, MPI)
+    assert "MASTER_ADDR" not in rendezvous_environment(cluster, MPI | {"MASTER_ADDR": "10.0.0.1"})
 
 
 @pytest.mark.parametrize(
