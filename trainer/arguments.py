@@ -166,6 +166,7 @@ class Arguments:
     use_distributed_sampler: bool
     reload_dataloaders_every_n_epochs: int
     barebones: bool
+    compile: bool | str | dict[str, Any] | None
 
     @classmethod
     def checked(cls, given: Mapping[str, Any]) -> Arguments:
@@ -187,10 +188,9 @@ class Arguments:
             )
         if given["deterministic"] not in (None, True, False, "warn"):
             raise ConfigurationError(f"deterministic={given['deterministic']!r}: use True, False or 'warn'.")
-        if given["compile"]:
+        if given["compile"] not in (None, True, False, "blocks") and not isinstance(given["compile"], dict):
             raise ConfigurationError(
-                f"compile={given['compile']!r} is not there yet. Call self.compile(), or self.some_layer.compile(), in "
-                "configure_model, and leave compile out."
+                f"compile={given['compile']!r}: use True, 'blocks', or a dict of torch.compile's options."
             )
         check_count("num_nodes", given["num_nodes"])
         fast = check_count("fast_dev_run", int(given["fast_dev_run"]), 0)
@@ -234,6 +234,7 @@ class Arguments:
             reload_dataloaders_every_n_epochs=check_count(
                 "reload_dataloaders_every_n_epochs", given["reload_dataloaders_every_n_epochs"], 0
             ),
+            compile=given["compile"],
             barebones=barebones,
         )
 

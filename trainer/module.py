@@ -284,9 +284,13 @@ class Module(HyperParameters, DataHooks, nn.Module):
         if self._trainer is None:
             rank_zero_warn(f"log({name!r}): the module is not attached to a Trainer, nothing is logged.")
             return
-        self._trainer._metrics.log(
+        arguments = (
             name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx, rank_zero_only
-        )
+        )  # fmt: skip
+        if torch.compiler.is_compiling():  # in a compiled forward; traced, it would be compiled anew at each step
+            _call_uncompiled(self._trainer._metrics.log, *arguments)
+        else:
+            self._trainer._metrics.log(*arguments)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **options: Any) -> None:
         """`log` for every item, with its options; also for a torchmetrics.MetricCollection."""
@@ -451,3 +455,9 @@ def require(module: Any) -> Module:
         f"Trainer got a {type(module).__module__}.{type(module).__qualname__}, expected a subclass of paceline.Module "
         "(paceline.LightningModule). Derive your class from it and define training_step and configure_optimizers."
     )
+
+
+# As torch.compiler.disable, which would import the compiler right here.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _call_uncompiled(function: Callable[..., None], *args: Any) -> None:
+    function(*args)

@@ -127,6 +127,7 @@ def _set_up(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
     module.setup(stage)
     with trainer.strategy.building():
         module.configure_model()
+    trainer.compile_as_asked()
     trainer.strategy.place(module, trainer.precision_policy)
     trainer.load_wanted_weights()
 

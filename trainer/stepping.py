@@ -51,6 +51,8 @@ class Stepper:
         self.handles = [OptimizerHandle(optimizer, self.step_by_hand, module) for optimizer in optimizers]
         self._clip = (clip_value, clip_algorithm)
         self._own_zero_grad = hooks.own(module, "optimizer_zero_grad")
+        # Where no hook can tell, the forward pass need not share the memory with the gradients of the window before.
+        self._clears_early = self._own_zero_grad is None and not hooks.on_before_zero_grad
         self._own_clipping = hooks.own(module, "configure_gradient_clipping")
         self._own_step = hooks.own(module, "optimizer_step")
         self._needs_closure = needs_closure(self._optimizer)
@@ -69,6 +71,8 @@ class Stepper:
             self._skipped = []
         if self.keeps:
             self._kept, self._loss = [], None
+        if self._clears_early:
+            clear_gradients(self._optimizer)
 
     def let_go(self) -> None:
         """Hold no window any more: with it goes the loader's iterator, and its workers."""
@@ -78,6 +82,8 @@ class Stepper:
     def zero_grad(self, batch_idx: int) -> None:
         """Clear the gradients of the window before."""
         self.cleared = True
+        if self._clears_early:
+            return
         optimizer = self._optimizer
         for hook in self._hooks.on_before_zero_grad:
             hook(optimizer)

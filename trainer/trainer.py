@@ -26,6 +26,7 @@ from ..strategies import hsdp as _hsdp  # noqa: F401
 from ..strategies import single as _single  # noqa: F401
 from ..strategies.auto import Choice, by_size, choose
 from ..strategies.base import Strategy
+from ..strategies.blocks import find_blocks
 from ..strategies.cluster import find_cluster, rendezvous_environment
 from ..strategies.estimate import measure, table
 from ..strategies.precision import parse_precision
@@ -36,6 +37,7 @@ from .checkpoint.run_folder import FolderLock, claim_version_folder
 from .checkpoint.run_state import BeforeValidation, save_checkpoint
 from .checkpoint.saver import FollowUp, Saver
 from .checkpoint.weights import WeightsRequest, load_weights
+from .compiling import compile_module
 from .data import DataSettings, PlannedData, StreamedData
 from .datamodule import DataModule
 from .evaluate import Evaluation, evaluate, gathered
@@ -418,6 +420,10 @@ class Trainer(TrainerProperties):
         while self._wanted_weights:
             named = {name: tensor for name, tensor in self.strategy.named_state() if isinstance(tensor, Tensor)}
             load_weights(self._wanted_weights.pop(0), named)
+
+    def compile_as_asked(self) -> None:
+        """Compile the module's forwards in place, before the strategy wraps them; `compile=` says which."""
+        compile_module(self.lightning_module, self.arguments.compile, find_blocks)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0, above the progress bar."""

@@ -149,6 +149,29 @@ def test_gradients_stay_after_the_last_window_until_the_next_one_begins() -> Non
     assert module.kept
 
 
+class LooksBack(Regression):
+    """Whether the window before left a gradient that the forward pass, and who clears it, can see."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_step and batch_idx % 2 == 0:
+            self.in_forward = self.layer.weight.grad is not None
+        return super().training_step(batch, batch_idx)
+
+
+class LooksBeforeClearing(LooksBack):
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        self.before_clearing = self.layer.weight.grad is not None
+
+
+def test_the_forward_pass_does_without_the_gradients_of_the_window_before_unless_a_hook_wants_them() -> None:
+    alone, watched = LooksBack(), LooksBeforeClearing()
+    for module in (alone, watched):
+        tiny_trainer(accumulate_grad_batches=2).fit(module, loader(12))
+    assert not alone.in_forward
+    assert watched.in_forward
+    assert watched.before_clearing
+
+
 def test_accumulating_numbers_of_a_batch_sampler_deals_its_batches_whole() -> None:
     class Sizes(Regression):
         seen: tuple[int, ...] = ()

@@ -328,7 +328,6 @@ def test_the_summary_is_there_unless_it_is_switched_off_or_brought_along() -> No
         ({"num_nodes": 0}, "num_nodes=0"),
         ({"num_nodes": "2"}, "num_nodes='2'"),
         ({"deterministic": "yes"}, "'warn'"),
-        ({"compile": True}, "configure_model"),
         ({"accumulate_grad_batches": {0: 2}}, "GradientAccumulationScheduler"),
         ({"enable_progress_bar": True, "callbacks": [TQDMProgressBar(), TQDMProgressBar()]}, "2 progress bars"),
     ],
