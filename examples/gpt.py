@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class GPT(pl.Module):
-    def __init__(self, layers=2, width=64, heads=2, context=128, dropout=0.0, lr=3e-4, compiled=False):
+    def __init__(self, layers=2, width=64, heads=2, context=128, dropout=0.0, lr=3e-4):
         super().__init__()
         self.save_hyperparameters()
 
@@ -77,9 +77,6 @@ class GPT(pl.Module):
         self.head = nn.Linear(sizes.width, 256, bias=False)
         self.head.weight = self.bytes.weight
         self.apply(self.init_weights)
-        if sizes.compiled:
-            for block in self.blocks:
-                block.compile()  # all blocks share the compiled code
 
     def init_weights(self, module):
         """Called for every part; under FSDP again, once the part has memory."""
@@ -126,7 +123,7 @@ def main():
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--num-nodes", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="compile every block by itself")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, which share their code")
     parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -138,16 +135,17 @@ def main():
         accelerator=arguments.accelerator,
         devices=arguments.devices,
         num_nodes=arguments.num_nodes,
+        compile="blocks" if arguments.compile else False,
         max_steps=arguments.max_steps,
         gradient_clip_val=1.0,
-        val_check_interval=100,
+        val_check_interval=min(100, arguments.max_steps),
         check_val_every_n_epoch=None,
         limit_val_batches=20,
         log_every_n_steps=10,
     )
     loading = {"batch_size": arguments.batch_size, "num_workers": arguments.workers}
     trainer.fit(
-        GPT(layers, width, heads, arguments.context, compiled=arguments.compile),
+        GPT(layers, width, heads, arguments.context),
         DataLoader(StandardLibrary(arguments.context), shuffle=True, **loading),
         DataLoader(StandardLibrary(arguments.context, last=True), **loading),
     )
