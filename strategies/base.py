@@ -60,6 +60,8 @@ class Strategy:
         self.precision: Precision = parse_precision("32-true")
         self.scaler: torch.amp.GradScaler | None = None
         self.module: nn.Module | None = None
+        #: Parameters and buffers, by name, that get their values from files right after `place`.
+        self.filled_later: set[str] = set()
         self._channels: dict[str, Channel] = {}
 
     @property

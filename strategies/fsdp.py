@@ -131,7 +131,7 @@ class FSDP(Strategy):
 
             device = torch.device("cpu") if self.cpu_offload else self.device
             torch.set_rng_state(self.broadcast_object(torch.get_rng_state()))
-            initialise(module, device, dtypes)
+            initialise(module, device, dtypes, self.filled_later)
         if self.rank == 0:
             print(self._told(module, blocks, meta), flush=True)
         module.__dict__["_sharded_roots"] = self._roots, precision.name

@@ -9,7 +9,7 @@ parameters by `reset_parameters()`. A module with `init_weights(module)` then ap
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,12 @@ from .sharding import whole
 _Initialiser = Callable[[], Any]
 
 
-def initialise(module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
+def initialise(
+    module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype], filled_later: Container[str] = ()
+) -> None:
     """Give the sharded `module` its values, on `device`; `dtypes` are those in which its tensors were built.
+
+    Parts whose tensors are all `filled_later` are left without, which spares drawing a large model only to load it.
 
     The generators of all ranks must be in one state, and are in one afterwards.
     Raises ConfigurationError for a parameter or buffer that nothing initialises, by name.
@@ -33,6 +37,8 @@ def initialise(module: nn.Module, device: torch.device, dtypes: Mapping[str, tor
     lost: set[str] = set()
     done: set[int] = set()
     for part, own in built.items():
+        if all(prefixes[part] + name in filled_later for name in own):
+            continue
         full = {name: _unset(own[name], dtypes.get(prefixes[part] + name)) for name in own}
         _run(part, full, getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None))
         for name, tensor in own.items():
@@ -42,7 +48,7 @@ def initialise(module: nn.Module, device: torch.device, dtypes: Mapping[str, tor
             _keep(tensor, full[name])
             if _is_unset(full[name]):
                 lost.add(prefixes[part] + name)
-    _apply_init_weights(module, prefixes, lost)
+    _apply_init_weights(module, prefixes, lost, filled_later)
     if lost:
         first = min(lost)
         owner = type(module.get_submodule(first.rpartition(".")[0])).__name__.removeprefix("FSDP")
@@ -71,7 +77,9 @@ def _allocate(module: nn.Module, device: torch.device) -> dict[nn.Module, dict[s
     return built
 
 
-def _apply_init_weights(module: nn.Module, prefixes: Mapping[nn.Module, str], lost: set[str]) -> None:
+def _apply_init_weights(
+    module: nn.Module, prefixes: Mapping[nn.Module, str], lost: set[str], filled_later: Container[str]
+) -> None:
     """What every `init_weights(module)` does to the parts below it; names that it sets leave `lost`."""
     for owner in _children_first(module):
         init = _init_weights_of(owner)
@@ -79,7 +87,7 @@ def _apply_init_weights(module: nn.Module, prefixes: Mapping[nn.Module, str], lo
             continue
         for part in _children_first(owner):
             own = _tensors(part)
-            if not own:
+            if all(prefixes[part] + name in filled_later for name in own):
                 continue
             full = {name: _gathered(tensor) for name, tensor in own.items()}
             waiting = {name for name in own if prefixes[part] + name in lost}

@@ -128,6 +128,7 @@ def _set_up(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
     with trainer.strategy.building():
         module.configure_model()
     trainer.compile_as_asked()
+    trainer.strategy.filled_later = trainer.names_of_wanted_weights()
     trainer.strategy.place(module, trainer.precision_policy)
     trainer.load_wanted_weights()
 

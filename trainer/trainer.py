@@ -36,7 +36,7 @@ from .callback import Callback
 from .checkpoint.run_folder import FolderLock, claim_version_folder
 from .checkpoint.run_state import BeforeValidation, save_checkpoint
 from .checkpoint.saver import FollowUp, Saver
-from .checkpoint.weights import WeightsRequest, load_weights
+from .checkpoint.weights import WeightsRequest, load_weights, stored_names
 from .compiling import compile_module
 from .data import DataSettings, PlannedData, StreamedData
 from .datamodule import DataModule
@@ -404,7 +404,7 @@ class Trainer(TrainerProperties):
         return verify.verify_resume(self, require(model), train, val_dataloaders, datamodule, steps)
 
     def load_weights(self, path: str | os.PathLike[str], *, prefix: str = "", strict: bool = True) -> None:
-        """Weights from a file, an index or a checkpoint straight into the module, each rank reading what it holds.
+        """Weights from a file, an index or a checkpoint straight into the module; every rank must call it.
 
         `path` is a path or URL of a `.safetensors` file, of Hugging Face's index of several, of a folder with either,
         or of a checkpoint of ours. `prefix` names the part of the module that the names in the file belong to, as
@@ -415,11 +415,15 @@ class Trainer(TrainerProperties):
         if self.strategy.module is not None and self.strategy.module is self.module:
             self.load_wanted_weights()
 
+    def names_of_wanted_weights(self) -> set[str]:
+        """What `load_weights` will fill, by name."""
+        return {name for request in self._wanted_weights for name in stored_names(request)}
+
     def load_wanted_weights(self) -> None:
         """Do what `load_weights` was asked for before the module was in its place."""
         while self._wanted_weights:
             named = {name: tensor for name, tensor in self.strategy.named_state() if isinstance(tensor, Tensor)}
-            load_weights(self._wanted_weights.pop(0), named)
+            load_weights(self._wanted_weights.pop(0), named, self.strategy)
 
     def compile_as_asked(self) -> None:
         """Compile the module's forwards in place, before the strategy wraps them; `compile=` says which."""

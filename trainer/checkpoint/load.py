@@ -256,6 +256,8 @@ class Files:
             piece, stored = empty_host_tensor(record.dtype, (rows, *box.shape[1:]) if begin else ())
             row_bytes = record.dtype.itemsize * math.prod(box.shape[1:])
             self._opened(box.file)[0].read_into(bytes_of(stored), entry.start + first * row_bytes)
+            if piece.shape == result.shape:
+                return piece
             ranges = list(zip(begin, end, box.offset, strict=True))[1:]
             taken = (slice(None), *(slice(b - o, e - o) for b, e, o in ranges)) if begin else ()
             result[tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, offset, strict=True))] = piece[taken]

@@ -1,6 +1,7 @@
 """`load_weights`: large weights from files straight into a module's tensors, one tensor at a time, by byte ranges.
 
-A rank reads only what it holds: its shards under FSDP and HSDP, everything elsewhere. The source is a `.safetensors`
+Under FSDP and HSDP a rank reads its own shards and nothing else; what all ranks hold whole, rank 0 reads for all. The
+source is a `.safetensors`
 file, an index of several (`model.safetensors.index.json`, as Hugging Face writes it), a folder with either, or a
 checkpoint of ours. Nothing is executed, and host memory never holds more than one tensor beyond the module's own.
 """
@@ -11,7 +12,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .load import Files, load
 from .pointer import resolve_pointer
 from .storage import Storage, storage_of
 from .strict_json import MANIFEST_LIMIT_BYTES, read_json, take
+
+if TYPE_CHECKING:
+    from ...strategies.base import Strategy
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,199}\.safetensors")
@@ -39,8 +43,8 @@ class WeightsRequest:
 
 
 @torch.no_grad()
-def load_weights(request: WeightsRequest, targets: Mapping[str, Tensor]) -> None:
-    """Fill `targets`, a module's tensors by name, from `request.path`; every rank calls it, none waits for another.
+def load_weights(request: WeightsRequest, targets: Mapping[str, Tensor], strategy: Strategy) -> None:
+    """Fill `targets`, a module's tensors by name, from `request.path`; a collective.
 
     Raises CheckpointError for what cannot be read, for shapes that differ, and (`strict`) for names on one side only.
     """
@@ -61,13 +65,33 @@ def load_weights(request: WeightsRequest, targets: Mapping[str, Tensor]) -> None
                     f"{list(target.shape)}. Build the module with the sizes of the file."
                 )
             done.add(id(target))
-            _fill(files, name, record, target)
+            if is_sharded(target):
+                _fill_shard(files, name, record, target)
+            else:
+                _fill_whole(files, name, record, target.detach(), strategy)
 
 
-def _fill(files: Files, name: str, record: TensorRecord, target: Tensor) -> None:
-    if not is_sharded(target):
-        target.copy_(files.read_box(name, record, (0,) * len(record.shape), record.shape))
-        return
+def stored_names(request: WeightsRequest) -> set[str]:
+    """The names of what a request will fill, if the module has them."""
+    with _opened(request.path) as (_, records):
+        return {request.prefix + name for name in records}
+
+
+def _fill_whole(files: Files, name: str, record: TensorRecord, target: Tensor, strategy: Strategy) -> None:
+    problem: Exception | None = None
+    if strategy.rank == 0:
+        try:
+            target.copy_(files.read_box(name, record, (0,) * len(record.shape), record.shape))
+        except (CheckpointError, OSError) as error:
+            problem = error
+    if problem := strategy.broadcast_object(problem):
+        raise problem
+    values = target.contiguous()
+    strategy.broadcast(values)
+    target.copy_(values)
+
+
+def _fill_shard(files: Files, name: str, record: TensorRecord, target: Tensor) -> None:
     box = box_of(target)
     if box is None:
         target.copy_(as_sharded(files.read({name: record})[name].to(target.dtype), target))
