@@ -37,6 +37,8 @@ class FSDP(Strategy):
     (True, the default), keep it (False: faster, more memory), or share it among so many ranks (an int).
     `forward_prefetch`: how many blocks ahead are gathered early. `cpu_offload`: shards live in host memory.
     `activation_checkpointing`: a block keeps only its inputs and computes again in the backward pass.
+    `autocast`: whether "*-mixed" computes as under every other strategy, norms and losses in float32 (the default);
+    without it all of a block computes in the low precision, as in most hand-written `fully_shard` loops.
     `sync_every_micro_batch`: False saves communication within a window of several micro-batches and costs every rank
     the memory of the whole model's gradients.
     """
@@ -53,6 +55,7 @@ class FSDP(Strategy):
         forward_prefetch: int = 0,
         cpu_offload: bool = False,
         activation_checkpointing: bool = False,
+        autocast: bool = True,
         sync_every_micro_batch: bool = True,
     ) -> None:
         super().__init__()
@@ -61,6 +64,7 @@ class FSDP(Strategy):
         self.forward_prefetch = forward_prefetch
         self.cpu_offload = cpu_offload
         self.activation_checkpointing = activation_checkpointing
+        self.autocast = autocast
         self.sync_every_micro_batch = sync_every_micro_batch
         self._mesh: DeviceMesh | None = None
         self._roots: list[nn.Module] = []
@@ -205,6 +209,11 @@ class FSDP(Strategy):
             return output
 
         return run
+
+    def _in_precision(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        if self.sharded and self.precision.autocast is not None and not self.autocast:
+            return step
+        return super()._in_precision(step)
 
     def sync_buffers(self) -> None:
         """Buffers are whole on every rank: all get those of rank 0."""

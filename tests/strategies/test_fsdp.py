@@ -145,6 +145,30 @@ def test_bf16_true_keeps_everything_in_bfloat16() -> None:
     assert (seen, masters) == ((torch.bfloat16,) * 3, {torch.bfloat16})
 
 
+class CastByHand(Layered):
+    """Casts the inputs of the layers outside blocks itself; notes whether a block runs under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def note(*_: Any) -> None:
+            self.in_block = torch.is_autocast_enabled("cpu"), self.blocks[0].norm.weight.dtype
+
+        with self.blocks[0].norm.register_forward_hook(note):
+            return super().forward(x.to(self.first.weight.dtype)).float()
+
+
+def in_a_block(autocast: bool) -> Any:
+    module = CastByHand(sgd=True)
+    weights = trained(module=module, strategy=FSDP(autocast=autocast), precision="bf16-mixed", **CUT)
+    return module.in_block, weights
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_mixed_precision_is_left_to_the_gathered_weights_where_autocast_is_not_wanted(autocast: bool) -> None:
+    in_block, weights = run_ranks(in_a_block, 2, autocast)[0]
+    assert in_block == (autocast, torch.bfloat16)
+    assert_same(weights, one_process({"sgd": True}, precision="bf16-mixed"), 0.01)
+
+
 # --- evaluation -----------------------------------------------------------------------------------------------------
 class Evaluated(Layered):
     """Counts what its metric saw, and predicts."""
