@@ -47,12 +47,13 @@ def without_shared(model: nn.Module, blocks: list[nn.Module]) -> tuple[list[nn.M
     """Blocks that share no parameter with a part outside them, and the paths of those that do: these cannot be
     gathered alone, since both users of the parameter must see it gathered."""
     names = {m: path for path, m in model.named_modules()}
-    users: Counter[int] = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    times = Counter(part for _, part in model.named_modules(remove_duplicate=False))
+    users = _users(model)
     kept: list[nn.Module] = []
     left: list[nn.Module] = []
     for block in blocks:
-        own = Counter(id(p) for m in block.modules() for p in m._parameters.values() if p is not None)
-        (kept if all(users[key] == count for key, count in own.items()) else left).append(block)
+        own = _users(block)
+        (kept if all(users[key] == count * times[block] for key, count in own.items()) else left).append(block)
     return kept, [names[block] for block in left]
 
 
@@ -66,6 +67,12 @@ def described(model: nn.Module, blocks: Sequence[nn.Module]) -> str:
         f"{len(paths)} x {kind} ({paths[0]}{f' ... {paths[-1]}' if len(paths) > 1 else ''})"
         for kind, paths in kinds.items()
     )
+
+
+def _users(model: nn.Module) -> Counter[int]:
+    """How often each parameter, by its id, is some part's own; a part in several places counts in each."""
+    parts = (part for _, part in model.named_modules(remove_duplicate=False))
+    return Counter(id(p) for part in parts for p in part._parameters.values() if p is not None)
 
 
 def _is_named(path: str, module: nn.Module, item: type[nn.Module] | str) -> bool:

@@ -278,6 +278,19 @@ class FSDP(Strategy):
         nn.utils.clip_grads_with_norm_(parameters, value, norm)
         return norm
 
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> bool:
+        """As the base class does; ConfigurationError for an optimizer whose operations torch cannot do on shards."""
+        try:
+            return super().optimizer_step(optimizer, closure, **kwargs)
+        except RuntimeError as error:
+            if closure is not None or not any(word in str(error) for word in ("DTensor", "harding")):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} cannot be used with {self.name}: its step does on shards what torch "
+                f"cannot do there ({reason}). Use AdamW, Adam or SGD, or strategy='ddp'."
+            ) from error
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse what cannot work on shards; ConfigurationError."""
         if not self.sharded:

@@ -101,6 +101,45 @@ def test_what_was_sharded_is_told_once() -> None:
     assert [output.count(line) for output in results.outputs] == [1, 0]
 
 
+class Unlike(Layered):
+    """No layer comes twice, and it is large enough for its building to cost memory."""
+
+    def build(self) -> None:
+        self.first = nn.Linear(4, 5_100_000)
+        self.flat = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flat(self.first(x)).mean(-1)
+
+
+class Sharing(Layered):
+    """The blocks share a layer."""
+
+    def build(self) -> None:
+        super().build()
+        self.blocks[2].up = self.blocks[0].up
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (
+            Unlike,
+            "in one block, since no layers repeat: all of it is gathered at once. Name layers with FSDP(",
+        ),
+        (Unlike, "every rank built all 0.1 GB of it first, build it in configure_model to avoid that"),
+        (Sharing, "FSDP: blocks.0, blocks.2 share parameters with other parts of the model, so they are gathered with"),
+    ],
+)
+def test_what_costs_memory_is_told_once(kind: type[Layered], line: str) -> None:
+    outputs = run_ranks(tested, 2, kind).outputs
+    assert [output.count(line) for output in outputs] == [1, 0]
+
+
+def tested(kind: type[Layered]) -> None:
+    tiny_trainer(strategy="fsdp").test(kind(), batches(4, 2), verbose=False)
+
+
 class Parallelized(Layered):
     """Shards one block itself."""
 
@@ -186,21 +225,23 @@ class Evaluated(Layered):
         return self(batch[0])
 
 
-def evaluated(count: int, strategy: str | None) -> Any:
+def evaluated(count: int, strategy: FSDP | str) -> Any:
     module = Evaluated()
-    trainer = tiny_trainer(strategy=strategy_of(strategy, {}))
+    trainer = tiny_trainer(strategy=strategy)
     results = trainer.test(module, batches(count, 2), verbose=False)
     calls = module.calls
     predictions = torch.cat(trainer.predict(module, batches(count, 2)))
-    names = all(p.placements for p in module.parameters()) if strategy else True
-    return results, calls, predictions, names
+    sharded = all(hasattr(p, "placements") for p in module.parameters())
+    return results, calls, predictions, sharded
 
 
 @pytest.mark.parametrize("count", [1, 5, 8, 9])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_evaluation_of_any_length_counts_every_sample_once_with_at_most_one_ghost(ranks: int, count: int) -> None:
-    (expected,), real_calls, predictions, _ = evaluated(count, None)
-    results = run_ranks(evaluated, ranks, count, "fsdp")
+@pytest.mark.parametrize(("strategy", "ranks"), [(FSDP(), 2), (FSDP(), 3), (HSDP(shard=2), 4)])
+def test_evaluation_of_any_length_counts_every_sample_once_with_at_most_one_ghost(
+    strategy: FSDP, ranks: int, count: int
+) -> None:
+    (expected,), real_calls, predictions, _ = evaluated(count, "auto")
+    results = run_ranks(evaluated, ranks, count, strategy)
     for (metrics,), calls, predicted, sharded in results:
         assert metrics == pytest.approx(expected, rel=1e-6)
         assert calls == -(-real_calls // ranks)
@@ -257,6 +298,25 @@ class MakesLBFGS(Layered):
         return torch.optim.LBFGS(self.parameters())
 
 
+class MakesAdafactor(Layered):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adafactor(self.parameters())
+
+
+class Scalar(Layered):
+    def build(self) -> None:
+        super().build()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class ShardedBefore(Layered):
+    """Was trained with another precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tiny_trainer(strategy="fsdp", precision="bf16-mixed").test(self, batches(4, 2), verbose=False)
+
+
 class MadeTooEarly(Layered):
     def __init__(self) -> None:
         super().__init__()
@@ -286,6 +346,9 @@ def refused(kind: type[Layered], options: dict[str, Any], strategy: str) -> None
         (Empty, {}, "Empty has no parameters"),
         (Few, {}, "Few has 1 parameter(s), fewer than the 2 ranks"),
         (MakesLBFGS, {}, "LBFGS cannot be used with FSDP"),
+        (MakesAdafactor, {}, "Adafactor cannot be used with FSDP: its step does on shards what torch cannot do there"),
+        (Scalar, {}, "'scale' has no dimension, so FSDP cannot shard it. Make it a parameter of shape (1,)"),
+        (ShardedBefore, {}, "The module was sharded with precision='bf16-mixed', now it is '32-true'"),
         (MadeTooEarly, {}, "SGD holds parameters that the module no longer has"),
         (Fused, {"cpu_offload": True}, "Use Adam without fused=True"),
         (Layered, {"blocks": ["Blok"]}, "blocks names 'Blok', but Layered has no such layer. Did you mean 'Block'?"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import paceline as pl
 from paceline.trainer.checkpoint import load, verify
 
-from helpers.ranks import run_ranks
+from helpers.ranks import RanksFailed, run_ranks
 from helpers.sharded import Layered, batches, full_weights, strategy_of, trained, trained_on_ranks
 from helpers.tiny import assert_same, tiny_trainer
 
@@ -160,3 +160,68 @@ def test_averaged_weights_are_those_of_one_process_and_move_too(tmp_path: Path) 
     assert_same(run_ranks(averaged, 3, "fsdp", 2, resume=two)[0], expected, TOLERANCE)
     assert_same(averaged(None, 8, resume=two), expected, TOLERANCE)
     assert torch.is_tensor(load(two).model["first.weight"])
+
+
+# --- state of other shapes than the parameters' -----------------------------------------------------------------------
+class Factored(torch.optim.Optimizer):
+    """As Adafactor: of a matrix it keeps the mean squares of rows and columns."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.02})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            squares, state = p.grad.square() + 1e-12, self.state[p]
+            over = {"rows": -1, "columns": 0} if p.dim() == 2 and p.shape[0] > 1 else {"all": ()}
+            for key, dim in over.items():
+                mean = squares.mean(dim) if dim != () else squares
+                state.setdefault(key, torch.zeros_like(mean)).mul_(0.9).add_(mean, alpha=0.1)
+            if "all" in state:
+                p.sub_(0.02 * p.grad / state["all"].sqrt())
+            else:
+                scale = state["rows"][:, None] * state["columns"][None] / state["rows"].mean()
+                p.sub_(0.02 * p.grad / scale.sqrt())
+
+
+class Local(torch.optim.SGD):
+    """Keeps state of its own shard only."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["seen"] = p.grad.to_local().abs()
+
+
+class Optimized(Layered):
+    def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def configure_optimizers(self) -> Any:
+        return self.kind(self.parameters())
+
+
+def trained_by(kind: type[torch.optim.Optimizer], strategy: str | None, batch_size: int, **arguments: Any) -> Any:
+    return trained(24, batch_size, module=Optimized(kind), strategy=strategy_of(strategy, {}), **arguments)
+
+
+def test_statistics_of_rows_and_columns_move_between_numbers_of_ranks(tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one.ckpt"), str(tmp_path / "two.ckpt")
+    trained_by(Factored, None, 12, max_epochs=1, save=one)
+    run_ranks(trained_by, 2, Factored, "fsdp", 6, max_epochs=1, save=two)
+    straight = trained_by(Factored, None, 12, max_epochs=2)
+    assert_same(trained_by(Factored, None, 12, max_epochs=2, resume=two), straight, TOLERANCE)
+    for path, ranks in ((one, 2), (two, 2), (two, 3)):
+        found = run_ranks(trained_by, ranks, Factored, "fsdp", 12 // ranks, max_epochs=2, resume=path)
+        assert_same(found[0], straight, TOLERANCE)
+
+
+def test_state_that_each_rank_keeps_for_itself_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(trained_by, 2, Local, "fsdp", 6, save=str(tmp_path / "x.ckpt"))
+    for error in failed.value.errors.values():
+        assert error.message.startswith(
+            "Local keeps 'seen' of 'first.weight' as a tensor of shape [3, 4] of each rank's"
+        )

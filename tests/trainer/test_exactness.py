@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 import paceline as pl
+from paceline.strategies import FSDP, HSDP, Strategy
 
 from helpers.ranks import run_ranks
 from helpers.tiny import tiny_trainer
@@ -200,7 +201,7 @@ CASES: dict[str, tuple[Any, type[Network], dict[str, Any]]] = {
 SHARDED_CASES = ("tokens", "clipped by norm", "stream of tokens")
 
 
-def run_all(strategy: str, ranks: int, names: tuple[str, ...]) -> dict[Any, Any]:
+def run_all(strategy: str | Strategy, ranks: int, names: tuple[str, ...]) -> dict[Any, Any]:
     """Gradients of every window, weights and logged losses of every case; on every rank."""
     found = {}
     for name in names:
@@ -279,10 +280,10 @@ def test_ddp_computes_the_gradient_of_one_big_batch(ranks: int) -> None:
     show(largest_errors(list(results), ranks), "ddp", ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_fsdp_computes_the_gradient_of_one_big_batch(ranks: int) -> None:
-    results = run_ranks(run_all, ranks, "fsdp", ranks, SHARDED_CASES, timeout_seconds=120)
-    show(largest_errors(list(results), ranks), "fsdp", ranks)
+@pytest.mark.parametrize(("strategy", "ranks"), [(FSDP(), 2), (FSDP(), 3), (HSDP(shard=2), 4)])
+def test_sharded_strategies_compute_the_gradient_of_one_big_batch(strategy: Strategy, ranks: int) -> None:
+    results = run_ranks(run_all, ranks, strategy, ranks, SHARDED_CASES, timeout_seconds=120)
+    show(largest_errors(list(results), ranks), strategy.name, ranks)
 
 
 # --- micro-batches that count for nothing -----------------------------------------------------------------------------

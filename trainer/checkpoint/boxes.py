@@ -67,3 +67,11 @@ def as_sharded(whole: Tensor, target: Any) -> Tensor:
 
     moved = whole.to(target.device_mesh.device_type)
     return distribute_tensor(moved, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def replicated(whole: Tensor, target: Any) -> Tensor:
+    """A whole tensor, alike on all ranks, as a DTensor that can be used with `target`."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = target.device_mesh
+    return DTensor.from_local(whole.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)

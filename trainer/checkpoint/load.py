@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from .blocks import BlockReader, FileRecord
-from .boxes import as_sharded, box_of, new_like
+from .boxes import as_sharded, box_of, new_like, replicated
 from .encode import decode, tensor_names
 from .index import Box, Index, Part, TensorRecord, merge
 from .manifest import MANIFEST, TREES, Manifest, manifest_in
@@ -298,7 +298,9 @@ def read_safetensors(storage: Storage, path: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _read_like(files: Files, name: str, record: TensorRecord, target: Tensor) -> Tensor:
-    """A tensor of the checkpoint, sharded like `target`."""
+    """A tensor of the checkpoint, sharded like `target`; one of another shape whole, but beside it on its mesh."""
+    if record.shape != tuple(target.shape):
+        return replicated(files.read({name: record})[name], target)
     new = new_like(target, record.dtype)
     box = box_of(target)
     if box is None:

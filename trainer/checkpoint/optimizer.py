@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ...errors import CheckpointError
+from .boxes import is_sharded
 
 _HOW = ("foreach", "fused", "capturable", "differentiable")
 
@@ -35,6 +36,7 @@ def optimizer_state_by_name(optimizer: Optimizer, names: Mapping[str, Tensor]) -
     for key, value in packed["state"].items():
         if isinstance(key, int):
             state[order[key]] = value
+            _check_shared(type(optimizer).__name__, order[key], value, names[order[key]])
         elif isinstance(key, str):
             other[key] = value
         else:
@@ -51,6 +53,19 @@ def optimizer_state_by_name(optimizer: Optimizer, names: Mapping[str, Tensor]) -
         "state": state,
         "other": other,
     }
+
+
+def _check_shared(kind: str, name: str, state: Any, parameter: Tensor) -> None:
+    """CheckpointError for state that each rank has for itself of a parameter that they share."""
+    if not is_sharded(parameter) or not isinstance(state, Mapping):
+        return
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.numel() > 1 and not is_sharded(value):
+            raise CheckpointError(
+                f"{kind} keeps {key!r:.80} of {name!r:.200} as a tensor of shape {list(value.shape)} of each rank's "
+                f"own, while the parameter is one of shape {list(parameter.shape)} in shards: it cannot be saved. "
+                "Use an optimizer that makes its state from the parameter, as AdamW does, or strategy='ddp'."
+            )
 
 
 def load_optimizer_state_by_name(optimizer: Optimizer, tree: Mapping[str, Any], names: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ the shards of a module. No rank ever holds more than its shards and one whole te
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,10 @@ class ShardedCheckpoint:
         return self._loaded.read_as("model", like) | self._loaded.extra()
 
     def optimizer(self) -> Any:
-        """The optimizers' trees; state with the shape of its parameter is sharded like it."""
+        """The optimizers' trees; state with the shape of its parameter is sharded like it.
+
+        Other state, as the rows' and columns' statistics of Adafactor, is whole on every rank, and on the same mesh.
+        """
         return self._loaded.tree_as("optimizer", self._like_of_state("optimizer"))
 
     def state(self) -> Any:
@@ -121,5 +125,10 @@ class ShardedCheckpoint:
         by_length = sorted(self._targets, key=len, reverse=True)
         for name, shape in self._loaded.tensor_shapes(part).items():
             owner = next((target for target in by_length if f".{target}." in f".{name}."), None)
-            found[name] = None if owner is None else self._like(owner, shape)
+            if owner is None:
+                found[name] = None
+            elif part == "optimizer" and math.prod(shape) > 1 and is_sharded(self._targets[owner]):
+                found[name] = self._targets[owner]
+            else:
+                found[name] = self._like(owner, shape)
         return found
