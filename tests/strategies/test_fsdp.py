@@ -132,11 +132,11 @@ class Sharing(Layered):
     ],
 )
 def test_what_costs_memory_is_told_once(kind: type[Layered], line: str) -> None:
-    outputs = run_ranks(tested, 2, kind).outputs
+    outputs = run_ranks(evaluates, 2, kind).outputs
     assert [output.count(line) for output in outputs] == [1, 0]
 
 
-def tested(kind: type[Layered]) -> None:
+def evaluates(kind: type[Layered]) -> None:
     tiny_trainer(strategy="fsdp").test(kind(), batches(4, 2), verbose=False)
 
 
