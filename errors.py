@@ -24,3 +24,7 @@ class LaunchError(PacelineError, RuntimeError):
 
 class CheckpointError(PacelineError, RuntimeError):
     """A checkpoint cannot be written, or is missing, incomplete, altered or of another kind."""
+
+
+class Suspended(SystemExit):
+    """Leaves `fit` after SIGTERM or SIGUSR1, once the run is saved; its code is 75: start the process again."""

@@ -203,6 +203,17 @@ class ModelCheckpoint(Callback):
         self._act(trainer, due=False, always=True)
         rank_zero_info(f"{type(exception).__name__} was raised ({exception}): saved {self._last_checkpoint_saved}.")
 
+    def save_to_go_on(self, trainer: Trainer) -> str:
+        """Save all of the state at once, because the process is about to end; returns its path. On every rank.
+
+        It is none of the best and does not count as one: the run that goes on from it retires it.
+        """
+        trainer.settle_saves()
+        if self.save_weights_only or not self._must_not_save(trainer):
+            self._find_dirpath(trainer)
+            self._act(trainer, due=False, always=True, to_go_on=True)
+        return self._last_checkpoint_saved
+
     def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         self._let_go(trainer)
 
@@ -231,7 +242,7 @@ class ModelCheckpoint(Callback):
         return self.monitor not in trainer.callback_metrics and self._watch.may_still_come(trainer)
 
     # --- what ----------------------------------------------------------------------------------------------------
-    def _act(self, trainer: Trainer, due: bool, always: bool = False) -> None:
+    def _act(self, trainer: Trainer, due: bool, always: bool = False, to_go_on: bool = False) -> None:
         """Save if this is one of the best, or for `save_last`; on every rank."""
         trainer.settle_saves()  # what became of the last one is known before anything is decided
         metrics = self._candidates(trainer)
@@ -254,6 +265,8 @@ class ModelCheckpoint(Callback):
         # What this process resumed from stays while it runs; it is removed after the next resume.
         removable = [old for old in self._retired if old != trainer.ckpt_path]
         pointer = self.last_model_path if self.save_last else ""
+        if to_go_on and not self.save_last:
+            self._retired.append(path)
 
         def then(saved: str) -> None:
             """On rank 0, once it is durable: point `last` to it and remove what it replaced."""
@@ -278,7 +291,8 @@ class ModelCheckpoint(Callback):
 
         follow_up = FollowUp(then, settled, tolerates=self.on_save_error == "warn")
         wait = always or not self.async_save
-        trainer.save_checkpoint(path, self.save_weights_only, wait=wait, follow_up=follow_up)
+        weights_only = self.save_weights_only and not to_go_on
+        trainer.save_checkpoint(path, weights_only, wait=wait, follow_up=follow_up)
 
     def _noted(self) -> dict[str, Any]:
         """What a save that fails must leave as it was."""
@@ -341,6 +355,7 @@ class ModelCheckpoint(Callback):
     def _rename(self, old: str, new: str) -> None:
         if old in self.best_k_models:
             self.best_k_models = {new if p == old else p: score for p, score in self.best_k_models.items()}
+        self._retired = [new if path == old else path for path in self._retired]
         for name in ("best_model_path", "kth_best_model_path", "_last_target", "_last_checkpoint_saved"):
             if getattr(self, name) == old:
                 setattr(self, name, new)
@@ -357,7 +372,7 @@ class ModelCheckpoint(Callback):
             if self.save_last and self._last_target == self._last_checkpoint_saved:
                 write_pointer(self.last_model_path, self._last_target)
             # What this process resumed from stays while it runs; it is removed after the next resume.
-            removable = [path for path in self._retired if path != trainer.ckpt_path]
+            removable = [path for path in self._retired if path not in (trainer.ckpt_path, self._last_checkpoint_saved)]
             for path in removable:
                 self._remove_checkpoint(path)
                 self._retired.remove(path)

@@ -36,8 +36,10 @@ from .faults import LAUNCHER_FOLDER, ranks_in_a_run, read_reports
 from .meeting import MEETING_SECONDS, Place, meet
 from .verdict import RESUMABLE, JobEnd, RankEnd, verdict
 
-GRACE_SECONDS = {signal.SIGINT: 10.0, signal.SIGTERM: 30.0}
-"""How long ranks may take to end after Ctrl-C, and after SIGTERM, when they may have a checkpoint to write."""
+GRACE_SECONDS = 30.0
+"""How long ranks may take to end after SIGTERM, when they have a checkpoint to write."""
+INTERRUPT_SECONDS = 10.0
+"""How long they may take after Ctrl-C."""
 FAILURE_GRACE_SECONDS = 5.0
 """How long the other ranks may take to end when one has failed."""
 
@@ -52,11 +54,13 @@ def run_ranks(
     node_rank: int = 0,
     master_addr: str = "127.0.0.1",
     master_port: int = 0,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> int:
     """Run `command` in `devices` processes, wait for their end and return the exit code of the job.
 
     The code is 0 when all ranks end with 0; 75 when ranks end with 75 and none fails; otherwise that of the first rank
     to fail (128 + n for signal n), or 128 + n when signal n ends this process. Nothing is printed but a failure.
+    After SIGTERM ranks have `grace_seconds` to save and end; SIGUSR1 is handed on to them.
     With several nodes this is called on each, with the address and a free port of node 0; `master_port=0` is for one
     node. Raises `LaunchError` when the nodes do not find each other. For the main thread only.
     """
@@ -66,7 +70,9 @@ def run_ranks(
             if num_nodes > 1:
                 place = Place("node", node_rank, num_nodes, master_addr, master_port, opens_store=node_rank == 0)
                 _held = meet(place, **{"--devices": devices, "--num-nodes": num_nodes})  # until the agent has its own
-            agent = _agent(command, devices, num_nodes, node_rank, master_addr, master_port, Path(folder))
+            spec = _spec(command, devices, num_nodes, node_rank, master_addr, master_port)
+            console = _Console(_environment(devices, Path(folder)))
+            agent = _Agent(spec, console, Path(folder), node_rank, num_nodes, grace_seconds)
             agent.run()
         except KeyboardInterrupt:  # before the ranks were started, or after they ended
             return 128 + signal.SIGINT
@@ -79,15 +85,9 @@ def run_ranks(
     return code
 
 
-def _agent(
-    command: list[str],
-    devices: int,
-    num_nodes: int,
-    node_rank: int,
-    master_addr: str,
-    master_port: int,
-    folder: Path,
-) -> _Agent:
+def _spec(
+    command: list[str], devices: int, num_nodes: int, node_rank: int, master_addr: str, master_port: int
+) -> WorkerSpec:
     alone = num_nodes == 1
     rendezvous = RendezvousParameters(
         backend="c10d" if alone else "static",  # the former finds a free port, the latter keeps to the node's rank
@@ -99,7 +99,7 @@ def _agent(
         rank=node_rank,
         timeout=MEETING_SECONDS,
     )
-    spec = WorkerSpec(
+    return WorkerSpec(
         role="default",
         local_world_size=devices,
         rdzv_handler=get_rendezvous_handler(rendezvous),
@@ -110,15 +110,23 @@ def _agent(
         master_addr=None if alone else master_addr,
         master_port=None if alone else master_port,
     )
-    return _Agent(spec, _Console(_environment(devices, folder)), folder, node_rank, num_nodes)
 
 
 class _Agent(LocalElasticAgent):
     """torch's agent, which ends ranks the way described above and remembers why."""
 
-    def __init__(self, spec: WorkerSpec, console: LogsSpecs, folder: Path, node_rank: int, num_nodes: int) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        console: LogsSpecs,
+        folder: Path,
+        node_rank: int,
+        num_nodes: int,
+        grace_seconds: float,
+    ) -> None:
         super().__init__(spec, logs_specs=console)
         self._num_nodes = num_nodes
+        self._grace_seconds = grace_seconds
         self._folder = folder
         self._signals = _Signals()
         self._first_down: list[RankEnd] = []
@@ -201,14 +209,14 @@ class _Agent(LocalElasticAgent):
         """True while the others are waited for after one rank ended with 75: they agreed on it and will do the same."""
         now = time.monotonic()
         self._resumable_since = self._resumable_since or now
-        return now < self._resumable_since + GRACE_SECONDS[signal.SIGTERM]
+        return now < self._resumable_since + self._grace_seconds
 
     def _end_on_signal(self, processes: list[subprocess.Popen[bytes]], number: int) -> None:
         """Pass Ctrl-C on where it ends a run in order; elsewhere, as while torch is imported, it prints tracebacks."""
         if number == signal.SIGINT and ranks_in_a_run(self._folder) == len(processes):
-            self._end(processes, signal.SIGINT, GRACE_SECONDS[signal.SIGINT])
+            self._end(processes, signal.SIGINT, INTERRUPT_SECONDS)
         else:
-            grace = GRACE_SECONDS[signal.SIGINT if number == signal.SIGINT else signal.SIGTERM]
+            grace = INTERRUPT_SECONDS if number == signal.SIGINT else self._grace_seconds
             self._end(processes, signal.SIGTERM, grace)
 
     def _end(self, processes: list[subprocess.Popen[bytes]], number: int, grace_seconds: float) -> None:

@@ -53,6 +53,13 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="which node this is: 0 to N - 1")
     parser.add_argument("--master-addr", metavar="ADDR", help="address of node 0 that the other nodes can reach")
     parser.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="free port on node 0")
+    parser.add_argument(
+        "--grace-seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long ranks may take to save and end after SIGTERM (default: 30)",
+    )
     parser.add_argument("-m", "--module", action="store_true", help="the program is a module, as in `python -m`")
     parser.add_argument("program", help="script, or module with -m")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
@@ -70,16 +77,17 @@ def _launch(arguments: argparse.Namespace) -> int:
     program = ["-m", arguments.program] if arguments.module else [arguments.program]
     command = [sys.executable, *program, *arguments.args]
     devices = arguments.devices or _device_count()
-    if arguments.num_nodes == 1:
-        return run_ranks(command, devices=devices)
-    return run_ranks(
-        command,
-        devices=devices,
-        num_nodes=arguments.num_nodes,
-        node_rank=arguments.node_rank,
-        master_addr=arguments.master_addr,
-        master_port=arguments.master_port,
+    several = (
+        {}
+        if arguments.num_nodes == 1
+        else {
+            "num_nodes": arguments.num_nodes,
+            "node_rank": arguments.node_rank,
+            "master_addr": arguments.master_addr,
+            "master_port": arguments.master_port,
+        }
     )
+    return run_ranks(command, devices=devices, grace_seconds=arguments.grace_seconds, **several)
 
 
 # --- paceline verify-resume -------------------------------------------------------------------------------------------

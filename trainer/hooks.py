@@ -123,8 +123,10 @@ class Hooks:
             function = without_missing(function, len(head) + (4 if name.endswith("_end") else 3), "dataloader_idx")
 
         def hook(*args: Any) -> Any:
-            metrics.hook = name
-            return function(*head, *args)
+            before, metrics.hook = metrics.hook, name
+            result = function(*head, *args)
+            metrics.hook = before  # with manual optimization hooks are called inside of training_step
+            return result
 
         hook.__qualname__ = f"{type(owner).__qualname__}.{method or name}"  # what a profiler calls it
         return hook

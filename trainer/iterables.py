@@ -16,6 +16,7 @@ from .combined import CombinedLoader
 from .loaders import has_state, length_of, names_used
 from .rank_zero import rank_zero_info
 from .rng import Place, arrive_at
+from .signals import WorkerStart
 
 _BY_WORKER = {"get_worker_info", "worker_info", "num_workers", "worker_id"}
 _BY_RANK = {"get_rank", "get_world_size", "global_rank", "data_rank", "world_size", "rank", "RANK", "WORLD_SIZE"}
@@ -23,19 +24,15 @@ _BY_RANK = {"get_rank", "get_world_size", "global_rank", "data_rank", "world_siz
 _KNOWN = ("webdataset", "streaming", "torchdata")
 
 
-class StartsAt:
-    """The first thing that a worker of a stream does: it learns its place, then does what the user's function says."""
+class StartsAt(WorkerStart):
+    """The first thing that a worker of a stream does: it learns its place too."""
 
     place = Place(0, 0, 0)
 
-    def __init__(self, then: Any) -> None:
-        self._then = then
-
     def __call__(self, worker_id: int) -> None:
-        """What torch calls as the worker starts."""
+        """See WorkerStart."""
         arrive_at(self.place)
-        if self._then is not None:
-            self._then(worker_id)
+        super().__call__(worker_id)
 
 
 def begin_stream(loader: Any, place: Place) -> None:
@@ -148,7 +145,8 @@ def sharded(loader: Any, rank: int, ranks: int) -> Any:
         return loader
     twin = copy.copy(loader)
     twin.__dict__.update(_iterator=None, _IterableDataset_len_called=None)
-    twin.__dict__["worker_init_fn"] = StartsAt(loader.worker_init_fn)
+    if loader.num_workers:
+        twin.__dict__["worker_init_fn"] = StartsAt(loader.worker_init_fn)
     if not shards:
         return twin
     what = [word for word, ours in (("ranks", by_rank and ranks > 1), ("workers", by_worker)) if ours]

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..errors import ConfigurationError
 from .plan import mix_seed
 from .rng import Place, arrive_at, isolated
+from .signals import WorkerStart
 
 #: One of these stands in the code of a DataLoader's __iter__ that goes on to read the batch sampler.
 _READ_INDICES = {"super", "__class__", "batch_sampler", "_index_sampler", "_get_iterator", "DataLoader"}
@@ -127,6 +128,8 @@ def taken_over(loader: DataLoader[Any], indices: IndexBatches) -> DataLoader[Any
     twin.__dict__["generator"] = torch.Generator()
     twin.__dict__["_iterator"] = None
     indices.in_workers = loader.num_workers > 0
+    if indices.in_workers:
+        twin.__dict__["worker_init_fn"] = WorkerStart(loader.worker_init_fn)
     return twin
 
 

@@ -54,6 +54,7 @@ class Fit:
     prepare_epoch: Callable[[], None]
     validate: Callable[[], None]
     save_where_due: Callable[[], None]
+    suspend: Callable[[], None]
     log_every_n_steps: int
     automatic: bool
     saves: bool
@@ -117,6 +118,8 @@ def train_epoch(fit: Fit) -> bool:
             progress.due.append("step_monitored")
         if fit.saves or fit.asked_saves:
             fit.save_where_due()
+        if fit.control.suspending:
+            fit.suspend()
         if progress.due:
             validates = "validation" in progress.due
             settle(fit)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, Suspended
 from . import prefetch
 from .backend_flags import backend_flags
 from .callback import Callback
 from .checkpoint import choose, run_state
-from .control import Control
+from .control import Control, Wish
 from .data import DataSettings, PlannedData, StreamedData, training_data
 from .datamodule import DataHooks, DataModule
 from .evaluate import Evaluation, evaluate
@@ -58,6 +58,9 @@ def running(
             _prepare_data(trainer, module, datamodule)
             _set_up(trainer, module, datamodule)
             yield
+    except Suspended:
+        state.status = TrainerStatus.INTERRUPTED
+        raise
     except BaseException as exception:
         state.status = TrainerStatus.INTERRUPTED
         _tell_of(exception, trainer, module, datamodule)
@@ -119,7 +122,8 @@ def _prepare_data(trainer: Trainer, module: Module, datamodule: DataModule | Non
 
 def _set_up(trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:
     stage = str(trainer.state.fn)
-    trainer.claim_run_folder()
+    if (trainer.loggers or trainer.checkpoint_callbacks) and not trainer.fast_dev_run:
+        trainer.claim_run_folder()
     if datamodule is not None:
         datamodule.setup(stage)
     for callback in trainer.callbacks:
@@ -195,12 +199,14 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         arguments.max_epochs, arguments.max_steps, arguments.max_seconds, arguments.min_epochs, arguments.min_steps
     )
 
-    def wishes_to_stop() -> bool:
+    def wish() -> Wish:
         if trainer.saver.failed:
             if trainer.world_size == 1:
                 trainer.settle_saves()
-            return True
-        return (trainer.should_stop or limits.time_is_up()) and limits.may_stop_early(progress)
+            return Wish.STOP
+        if (trainer.should_stop or limits.time_is_up()) and limits.may_stop_early(progress):
+            return Wish.STOP
+        return Wish.SUSPEND if trainer.signals.came else Wish.NONE
 
     def agree_to_stop() -> None:
         trainer.settle_saves()  # raises on all ranks where a failed save was the reason
@@ -215,7 +221,7 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         metrics=metrics,
         progress=progress,
         limits=limits,
-        control=Control(strategy, wishes_to_stop, agree_to_stop),
+        control=Control(strategy, wish, agree_to_stop),
         schedulers=Schedulers(
             configs if module.automatic_optimization else [],
             module.lr_scheduler_step,
@@ -231,6 +237,7 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         prepare_epoch=lambda: _prepare_epoch(trainer, fit, module),
         validate=trainer.validate_inside_fit,
         save_where_due=lambda: _save_where_due(trainer, fit),
+        suspend=trainer.suspend,
         saves=bool(hooks.on_train_batch_end_acting),
         log_every_n_steps=arguments.log_every_n_steps,
         automatic=module.automatic_optimization,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .. import callbacks as builtin
 from ..callbacks.silent_logger import SilentLogger
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, Suspended
 from ..strategies import ddp as _ddp  # noqa: F401  registers its names
 from ..strategies import fsdp as _fsdp  # noqa: F401
 from ..strategies import hsdp as _hsdp  # noqa: F401
@@ -50,7 +50,9 @@ from .module import Module, require
 from .optim import OptimizerHandle, SchedulerConfig
 from .properties import TrainerProperties
 from .rank_zero import rank_zero_warn
+from .signals import SignalWatch
 from .state import Progress, RunningStage, TrainerFn, TrainerState
+from .verdict import RESUMABLE
 
 
 class Trainer(TrainerProperties):
@@ -163,7 +165,10 @@ class Trainer(TrainerProperties):
         self.given_train_loaders = train
         self.reloads_train, self.reloads_val = train is None, val_dataloaders is None
         self.fit_run = self.train_data = self.data_settings = self.before_validation = None
-        with stages.running(self, TrainerFn.FITTING, module, datamodule, _path(ckpt_path)):
+        with (
+            SignalWatch() as self.signals,
+            stages.running(self, TrainerFn.FITTING, module, datamodule, _path(ckpt_path)),
+        ):
             fit = stages.prepare_fit(self, module, val_dataloaders)
             with torch.autograd.set_detect_anomaly(self.arguments.detect_anomaly):
                 run_fit(fit)
@@ -313,8 +318,6 @@ class Trainer(TrainerProperties):
 
     def claim_run_folder(self) -> None:
         """The first call that will write takes the next free `version_N`; all ranks know it, and `fit` holds it."""
-        if not (self.loggers or self.checkpoint_callbacks) or self.arguments.fast_dev_run:
-            return
         outcome: str | CheckpointError = ""
         if self.is_global_zero:
             try:
@@ -386,6 +389,21 @@ class Trainer(TrainerProperties):
             self.fit_run.asked_saves.append((os.fspath(filepath), weights_only))
             return os.fspath(filepath)
         return save_checkpoint(self, filepath, weights_only, wait, follow_up or FollowUp())
+
+    def suspend(self) -> NoReturn:
+        """Save, and end the process with the code that asks to be started again; on every rank, at a window's end."""
+        callbacks = [callback for callback in self.callbacks if isinstance(callback, builtin.ModelCheckpoint)]
+        if not self.fast_dev_run:
+            if self.run_folder is None:
+                self.claim_run_folder()
+            # `ckpt_path="auto"` looks into the folders that were given, where there are some.
+            given = [callback for callback in callbacks if callback._given_dirpath is not None]
+            path = [*given, *callbacks, builtin.ModelCheckpoint()][0].save_to_go_on(self)
+            self.print(
+                f"paceline: a signal asked to end this run. It is saved at step {self.global_step}: {path}. The same "
+                f"command with ckpt_path='auto' goes on; exit code {RESUMABLE}."
+            )
+        raise Suspended(RESUMABLE)
 
     def settle_saves(self) -> None:
         """Wait, on every rank, until what is being saved is durable; raises CheckpointError for a save that failed."""

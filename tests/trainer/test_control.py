@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import paceline as pl
 from paceline.strategies import SingleDevice
-from paceline.trainer.control import Control
+from paceline.trainer.control import Control, Wish
 
 from helpers.ranks import run_ranks
 from helpers.tiny import Sums, numbers, tiny_trainer
@@ -101,9 +101,13 @@ def test_agreeing_costs_a_message_now_and_then_never_one_a_step() -> None:
 
 
 def test_alone_a_wish_is_an_order() -> None:
-    wishes = False
-    control = Control(SingleDevice(), lambda: wishes, lambda: None)
+    wish = Wish.NONE
+    control = Control(SingleDevice(), lambda: wish, lambda: None)
     assert not control.stop_agreed()
-    wishes = True
+    wish = Wish.SUSPEND
+    assert not control.suspending
+    assert not control.stop_agreed_now()
+    assert control.suspending
+    wish = Wish.STOP
     assert control.stop_agreed()
     assert control.stop_agreed_now()
