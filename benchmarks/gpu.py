@@ -1,0 +1,240 @@
+"""Time a step on one GPU over a hand-written loop: `python benchmarks/gpu.py`.
+
+Two models: a tiny one whose steps are nothing but kernel launches, so that every microsecond of the host shows, and a
+GPT of 124 million parameters, compiled, in bfloat16. The loops take turns in one process; the figure is the median over
+the rounds. `--rivals lightning accelerate` adds others that are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+WARM_UP = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its data, and how it is trained. `target`: a step's time over the hand-written one's, at most."""
+
+    name: str
+    target: float
+    steps: int
+    batch_size: int
+    network: Callable[[], nn.Module]
+    sample: Callable[[int], tuple[Tensor, Tensor]]
+    bf16: bool = False
+    compiled: bool = False
+
+
+def tiny_samples(count: int) -> tuple[Tensor, Tensor]:
+    """32 numbers and one of 10 classes."""
+    return torch.randn(count, 32), torch.randint(0, 10, (count,))
+
+
+def tokens(count: int) -> tuple[Tensor, Tensor]:
+    """1,024 tokens and those that follow."""
+    text = torch.randint(0, 256, (count, 1025))
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+def tiny_network() -> nn.Module:
+    """Four linear layers."""
+    layers = [part for _ in range(3) for part in (nn.Linear(32, 32), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(32, 10))
+
+
+def gpt() -> nn.Module:
+    """GPT-2's size: 12 layers of width 768 and an embedding of 50,304, which the data uses 256 of."""
+    from gpt import Block
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(50304, 768), nn.Embedding(1024, 768)
+            self.blocks = nn.ModuleList(Block(768, 12, 0.0) for _ in range(12))
+            self.norm, self.head = nn.LayerNorm(768), nn.Linear(768, 50304, bias=False)
+            self.head.weight = self.tokens.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    return Network()
+
+
+CASES = {
+    "tiny": Case("tiny, bound by launches", 1.02, 1000, 32, tiny_network, tiny_samples),
+    "gpt": Case("GPT-124M, compiled, bf16", 1.00, 40, 16, gpt, tokens, bf16=True, compiled=True),
+}
+
+
+def loss_of(network: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy of the last dimension."""
+    x, y = batch
+    return F.cross_entropy(network(x).flatten(0, -2), y.flatten())
+
+
+def loader(case: Case) -> DataLoader[Any]:
+    """Batches from pinned memory, enough for all steps."""
+    data = TensorDataset(*case.sample((WARM_UP + case.steps) * case.batch_size))
+    return DataLoader(data, case.batch_size, shuffle=True, pin_memory=True)
+
+
+def adam(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    """Fused, as whoever counts microseconds would have it."""
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+
+class Clock:
+    """Ticks at the start of each step; the time between the warm-up and the end, each with the GPU idle."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.began = 0.0
+
+    def tick(self) -> None:
+        if self.step == WARM_UP:
+            torch.cuda.synchronize()
+            self.began = time.perf_counter()
+        self.step += 1
+
+    def milliseconds(self) -> float:
+        torch.cuda.synchronize()
+        return (time.perf_counter() - self.began) / (self.step - WARM_UP) * 1e3
+
+
+# --- who trains -----------------------------------------------------------------------------------------------------
+def hand_written(case: Case) -> float:
+    network, clock = case.network().cuda(), Clock()
+    optimizer = adam(network.parameters())
+    if case.compiled:
+        network.compile()
+    for x, y in loader(case):
+        clock.tick()
+        batch = x.cuda(non_blocking=True), y.cuda(non_blocking=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=case.bf16):
+            loss = loss_of(network, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return clock.milliseconds()
+
+
+def _with_trainer(pl: Any, case: Case, compiled: Callable[[nn.Module], Any], **arguments: Any) -> float:
+    clock = Clock()
+
+    class Task(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = case.network()
+            if case.compiled:
+                compiled(self.network)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            clock.tick()
+            return loss_of(self.network, batch)
+
+        def on_train_end(self) -> None:
+            self.time = clock.milliseconds()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return adam(self.parameters())
+
+    task = Task()
+    extras = ("enable_progress_bar", "logger", "enable_checkpointing", "enable_model_summary")
+    precision = "bf16-mixed" if case.bf16 else "32-true"
+    off = dict.fromkeys(extras, False)
+    trainer = pl.Trainer(max_epochs=1, accelerator="gpu", devices=1, precision=precision, **off, **arguments)
+    trainer.fit(task, loader(case))
+    return float(task.time)
+
+
+def paceline(case: Case) -> float:
+    import paceline
+
+    return _with_trainer(paceline, case, lambda network: None, compile=case.compiled)
+
+
+def lightning(case: Case) -> float:
+    import lightning
+
+    return _with_trainer(lightning, case, lambda network: network.compile())
+
+
+def accelerate(case: Case) -> float:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="bf16" if case.bf16 else "no")
+    network, clock = case.network(), Clock()
+    if case.compiled:
+        network.compile()
+    model, optimizer, batches = accelerator.prepare(network, adam(network.parameters()), loader(case))
+    for batch in batches:
+        clock.tick()
+        with accelerator.accumulate(model):
+            loss = loss_of(model, batch)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+    return clock.milliseconds()
+
+
+RUNNERS = {"hand-written": hand_written, "paceline": paceline, "lightning": lightning, "accelerate": accelerate}
+
+
+def main() -> None:
+    """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rivals", nargs="+", choices=list(RUNNERS)[2:], default=[])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, python {sys.version.split()[0]}\n")
+    print("| case | loop | ms a step | over hand-written | peak GiB |\n|---|---|---:|---:|---:|", flush=True)
+    for case in (CASES[name] for name in arguments.cases):
+        names = ["hand-written", "paceline", *arguments.rivals]
+        times: dict[str, list[float]] = {name: [] for name in names}
+        peaks = dict.fromkeys(names, 0.0)
+        for _ in range(arguments.rounds):
+            for name in names:
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                torch.manual_seed(0)
+                times[name].append(RUNNERS[name](case))
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+        ratios = {
+            name: statistics.median(t / h for t, h in zip(times[name], times[names[0]], strict=True)) for name in names
+        }
+        for name in names:
+            over = (
+                ""
+                if name == names[0]
+                else f"{ratios[name]:.3f}" + f" (target: {case.target:.2f})" * (name == "paceline")
+            )
+            print(
+                f"| {case.name} | {name} | {statistics.median(times[name]):.3f} | {over} | {peaks[name]:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
