@@ -54,19 +54,27 @@ def built(module: Module, trainer: Trainer) -> Module:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("--devices", type=int, required=True, metavar="N", help="devices, that is ranks, of a node")
-    parser.add_argument("--num-nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
-    parser.add_argument("--memory-gb", type=float, metavar="GB", help="memory of a device: says what 'auto' would take")
+    _add_machines(parser)
     parser.add_argument("program", help="script that builds a trainer and calls it")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the program's own arguments")
+
+
+def _add_machines(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", type=int, metavar="N", help="devices, that is ranks, of a node")
+    parser.add_argument("--num-nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--memory-gb", type=float, metavar="GB", help="memory of a device: says what 'auto' would take")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the program in this process; 0 once the table is printed."""
     if not os.path.exists(arguments.program):
         raise ConfigurationError(f"there is no file {arguments.program!r} here ({os.getcwd()}).")
-    if arguments.devices < 1 or arguments.num_nodes < 1:
-        raise ConfigurationError("--devices and --num-nodes are whole numbers of at least 1.")
+    if arguments.devices is None:  # then they stand behind the program, whose arguments are the others there
+        behind = argparse.ArgumentParser(prog="paceline estimate", add_help=False, allow_abbrev=False)
+        _add_machines(behind)
+        _, arguments.args = behind.parse_known_args(arguments.args, arguments)
+    if (arguments.devices or 0) < 1 or arguments.num_nodes < 1:
+        raise ConfigurationError("--devices N, and --num-nodes N above one node, say for which machines: at least 1.")
     os.environ[VARIABLE] = json.dumps(asdict(Asked(arguments.devices, arguments.num_nodes, arguments.memory_gb)))
     sys.argv = [arguments.program, *arguments.args]
     sys.path.insert(0, os.path.dirname(os.path.abspath(arguments.program)))

@@ -117,11 +117,19 @@ print("not reached")
 """
 
 
-def test_the_command_prints_the_table_for_machines_that_are_not_here(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "paceline.trainer.cli", "estimate", "--devices", "8", "--num-nodes", "4"]
-    done = run_command(*command, "--memory-gb", "24", "train.py")
+MACHINES = ("--devices", "8", "--num-nodes", "4", "--memory-gb", "24")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(*MACHINES, "train.py", "--devices", "x", "--lr", "1"), ("train.py", *MACHINES, "--devices=8", "--lr", "1")],
+)
+def test_the_command_prints_the_table_for_machines_that_are_not_here(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "train.py").write_text("import sys; print(sys.argv[1:])\n" + SCRIPT)
+    done = run_command(sys.executable, "-m", "paceline.trainer.cli", "estimate", *words)
     assert done.returncode == 0, done.stderr
+    own = ["--devices", "x", "--lr", "1"] if words[0] == "--devices" else ["--lr", "1"]
+    assert str(own) in done.stdout
     assert "1,073,872,896 parameters" in done.stdout
     assert "4 node(s) of 8 device(s)" in done.stdout
     assert "strategy='auto' takes hsdp" in done.stdout
@@ -130,11 +138,15 @@ def test_the_command_prints_the_table_for_machines_that_are_not_here(tmp_path: P
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nothing.py"], "there is no file 'nothing.py'"), (["empty.py"], "empty.py ended without calling fit")],
+    [
+        (["--devices", "2", "nothing.py"], "there is no file 'nothing.py'"),
+        (["empty.py", "--devices", "2"], "empty.py ended without calling fit"),
+        (["empty.py"], "--devices N, and --num-nodes N above one node, say for which machines"),
+    ],
 )
 def test_what_cannot_be_estimated_is_an_error(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "empty.py").write_text("")
-    done = run_command(sys.executable, "-m", "paceline.trainer.cli", "estimate", "--devices", "2", *arguments)
+    done = run_command(sys.executable, "-m", "paceline.trainer.cli", "estimate", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
 
