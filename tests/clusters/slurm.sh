@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SLURM on one machine: srun's ranks are found, and a job that a signal ended and that is requeued goes on to the bit.
+# SLURM on one machine: srun's ranks are found; a job that SIGUSR1 ends with code 75 is requeued and goes on to the bit.
 # `tests/clusters/slurm.sh [python]`
 # Needs root, slurm-wlm and munge (apt-get install). The daemons live in a scratch folder and end with this script.
 set -euo pipefail
@@ -49,34 +49,44 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
+SlurmctldPort=16817
+SlurmdPort=16818
 KillWait=5
 MpiDefault=none
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=1000 State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 export SLURM_CONF=$scratch/slurm.conf
-slurmctld; sleep 2; slurmd; sleep 3
+slurmctld; slurmd
+for _ in $(seq 60); do [ "$(sinfo -h -o %T 2>/dev/null)" = idle ] && break; sleep 0.5; done
+
+fail() { echo "FAILED: $1"; exit 1; }
 
 echo "--- srun: two tasks, ranks found"
 srun -n2 "$python" "$here/train.py" --folder "$scratch/straight" | tee "$scratch/straight.log"
-[ "$(grep -c '^rank [01] of 2: step 20, weights' "$scratch/straight.log")" = 2 ] || { echo "FAILED: srun"; exit 1; }
+[ "$(grep -c '^rank [01] of 2: step 20' "$scratch/straight.log")" = 2 ] || fail "two ranks did not finish"
 
-echo "--- sbatch: interrupted by USR1, requeued, resumed"
+echo "--- sbatch: ended by USR1, requeued by the job itself, resumed"
 cat >"$scratch/job.sh" <<JOB
 #!/bin/bash
 srun -n2 "$python" "$here/train.py" --folder "$scratch/requeued" --seconds-a-step 0.5
+code=\$?
+echo "srun ended with \$code"
+[ \$code != 75 ] || scontrol requeue \$SLURM_JOB_ID
 JOB
-job=$(sbatch --parsable --requeue --open-mode=append -n2 -o "$scratch/requeued.log" "$scratch/job.sh")
-for _ in $(seq 60); do grep -q "paceline:" "$scratch/requeued.log" 2>/dev/null && break; sleep 1; done
-sleep 4
-scancel -s USR1 "$job"
-for _ in $(seq 30); do [ "$(squeue -h -j "$job" -o %T)" = RUNNING ] || break; sleep 1; done
-scontrol show job "$job" | grep -q "Restarts=1" || scontrol requeue "$job" || true
-scontrol update jobid="$job" StartTime=now || true
-for _ in $(seq 120); do [ "$(grep -c '^rank [01] of 2: step 20' "$scratch/requeued.log")" = 2 ] && break; sleep 1; done
-cat "$scratch/requeued.log"
-[ "$(grep -c '^begins at step' "$scratch/requeued.log")" -ge 2 ] || { echo "FAILED: it was never restarted"; exit 1; }
-! tail -n 3 "$scratch/requeued.log" | grep -q "begins at step 0" || { echo "FAILED: it began anew"; exit 1; }
-[ "$(cat "$scratch"/{straight,requeued}.log | sed -n 's/.*weights //p' | sort -u | wc -l)" = 1 ] \
-    || { echo "FAILED: the requeued run did not arrive at the straight run's weights"; exit 1; }
-echo "ok: srun, requeue, resumed to the bit"
+log=$scratch/requeued.log
+touch "$log"
+seen() { for _ in $(seq 120); do [ "$(grep -c "$1" "$log")" -ge "$2" ] && return; sleep 0.5; done; cat "$log"; fail "no '$1'"; }
+job=$(sbatch --parsable --requeue --open-mode=append -n2 -o "$log" "$scratch/job.sh")
+seen '^begins at step 0' 1
+sleep 2
+scancel -s USR1 "$job"  # as --signal=USR1@60 does, a minute before the limit
+seen '^srun ended with 75' 1
+for _ in $(seq 20); do scontrol update jobid="$job" StartTime=now 2>/dev/null && break; sleep 0.5; done  # else 2 minutes
+seen '^rank [01] of 2: step 20' 2
+cat "$log"
+saved=$(sed -n 's/.*It is saved at step \([0-9]*\):.*/\1/p' "$log")
+grep -q "^begins at step $saved\$" "$log" || fail "it did not go on from step $saved, where it was saved"
+[ "$(cat "$scratch/straight.log" "$log" | sed -n 's/.*weights //p' | sort -u | wc -l)" = 1 ] \
+    || fail "the requeued run did not arrive at the straight run's weights"
+echo "ok: srun, requeue, resumed from step $saved to the bit"

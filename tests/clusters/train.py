@@ -1,9 +1,8 @@
-"""What the scripts beside this one start: a small FSDP run that says where it is, saves when asked, and goes on."""
+"""What the scripts beside this one start: a small FSDP run that says where it begins and with what it ends."""
 
 import argparse
 import hashlib
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,19 +33,17 @@ class Stack(pl.Module):
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--strategy", default="fsdp")
 parser.add_argument("--seconds-a-step", type=float, default=0.0)
-parser.add_argument("--max-steps", type=int, default=20)
 parser.add_argument("--folder", default="runs")
 arguments = parser.parse_args()
 
 pl.seed_everything(0, verbose=False)
 x = torch.randn(64, 8)
 trainer = pl.Trainer(
-    strategy=arguments.strategy, accelerator="cpu", max_steps=arguments.max_steps, max_epochs=-1, logger=False,
+    strategy=arguments.strategy, accelerator="cpu", max_steps=20, max_epochs=-1, logger=False,
     enable_progress_bar=False, enable_model_summary=False, default_root_dir=arguments.folder,
-    callbacks=pl.callbacks.ModelCheckpoint(dirpath=Path(arguments.folder, "checkpoints"), every_n_train_steps=1),
 )  # fmt: skip
 module = Stack()
-trainer.fit(module, DataLoader(TensorDataset(x, x.sum(1)), batch_size=4), ckpt_path="auto")
+trainer.fit(module, DataLoader(TensorDataset(x, x.sum(1)), batch_size=4))
 weights = [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in module.parameters()]
 digest = hashlib.sha256(torch.cat([w.flatten() for w in weights]).numpy().tobytes()).hexdigest()[:16]
 print(f"rank {trainer.global_rank} of {trainer.world_size}: step {trainer.global_step}, weights {digest}", flush=True)
