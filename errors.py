@@ -18,6 +18,10 @@ class UnknownArgumentError(ConfigurationError, TypeError):
     """An argument or a method name that does not exist; the message names the nearest one that does."""
 
 
+class WrongTypeError(ConfigurationError, TypeError):
+    """What was given is of a type that cannot be used in its place."""
+
+
 class LaunchError(PacelineError, RuntimeError):
     """The ranks of a job could not be started or could not find each other."""
 
@@ -28,3 +32,7 @@ class CheckpointError(PacelineError, RuntimeError):
 
 class Suspended(SystemExit):
     """Leaves `fit` after SIGTERM or SIGUSR1, once the run is saved; its code is 75: start the process again."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is nothing at the path of a checkpoint."""

@@ -19,7 +19,7 @@ from .logger import rank_zero_experiment
 
 
 class CSVLogger(CutOnResume, FolderLogger):
-    """Writes `metrics.csv` and `hparams.json` into `<save_dir>/<name>/version_N`, or without `save_dir` into the run's.
+    """Writes `metrics.csv` and `hparams.yaml` into `<save_dir>/<name>/version_N`, or without `save_dir` into the run's.
 
     Rows wait in memory until `flush_logs_every_n_steps` updates have passed since the last write, or a checkpoint or
     the end comes. A new metric rewrites the file with one column more. A resumed run cuts what came after the save.
@@ -105,9 +105,9 @@ class CSVWriter:
         self._rows.append(row)
 
     def log_hparams(self, params: Mapping[str, Any]) -> None:
-        """Write `hparams.json` anew, with `params` added."""
+        """Write `hparams.yaml` anew, with `params` added."""
         self.hparams.update(params)
-        write_text(join(self.log_dir, "hparams.json"), json.dumps(jsonable(self.hparams), indent=2) + "\n")
+        write_text(join(self.log_dir, "hparams.yaml"), json.dumps(jsonable(self.hparams), indent=2) + "\n")
 
     def flush(self) -> None:
         """Hand the rows that wait to the system."""

@@ -37,7 +37,7 @@ class LearningRateMonitor(Callback):
         self.lrs: dict[str, list[Any]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
-        if not trainer.loggers:
+        if not trainer.loggers and not trainer.fast_dev_run:
             raise ConfigurationError(
                 "Cannot use LearningRateMonitor with a Trainer that has no logger. Leave out logger=False, or the "
                 "monitor."

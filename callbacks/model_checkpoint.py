@@ -88,16 +88,17 @@ class ModelCheckpoint(Callback):
         self.auto_insert_metric_name = auto_insert_metric_name
         if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
             every_n_epochs = 1
-        self._every_n_train_steps = every_n_train_steps or 0
-        self._every_n_epochs = every_n_epochs or 0
-        self._train_time_interval = train_time_interval
-        self._save_on_train_epoch_end = save_on_train_epoch_end
+        self.every_n_train_steps = every_n_train_steps or 0
+        self.every_n_epochs = every_n_epochs or 0
+        self.train_time_interval = train_time_interval
+        self.save_on_train_epoch_end = save_on_train_epoch_end
+        self.enable_version_counter = enable_version_counter
         self.async_save = async_save
         self.on_save_error = on_save_error
-        _check_arguments(self, enable_version_counter)
+        _check_arguments(self)
 
         self._clock = None if train_time_interval is None else AgreedClock(train_time_interval.total_seconds())
-        self._in_steps = self._every_n_train_steps > 0 or self._clock is not None
+        self._in_steps = self.every_n_train_steps > 0 or self._clock is not None
         self._forget()
 
     def _forget(self) -> None:
@@ -118,14 +119,9 @@ class ModelCheckpoint(Callback):
         self._watch = Watch()
 
     @property
-    def every_n_epochs(self) -> int:
-        """0: not by epochs."""
-        return self._every_n_epochs
-
-    @property
     def state_key(self) -> str:
-        when = f"'every_n_train_steps': {self._every_n_train_steps}, 'every_n_epochs': {self._every_n_epochs}, "
-        when += f"'train_time_interval': {self._train_time_interval!r}"
+        when = f"'every_n_train_steps': {self.every_n_train_steps}, 'every_n_epochs': {self.every_n_epochs}, "
+        when += f"'train_time_interval': {self.train_time_interval!r}"
         return f"{type(self).__qualname__}{{'monitor': {self.monitor!r}, 'mode': {self.mode!r}, {when}}}"
 
     # --- when --------------------------------------------------------------------------------------------------
@@ -158,7 +154,7 @@ class ModelCheckpoint(Callback):
         if step == self._last_step_seen:  # inside a window
             return
         self._last_step_seen = step
-        due = self._every_n_train_steps > 0 and step % self._every_n_train_steps == 0
+        due = self.every_n_train_steps > 0 and step % self.every_n_train_steps == 0
         if self._clock is not None:
             due = self._clock.is_over(step, trainer.strategy) or due
         if not due or self._must_not_save(trainer):
@@ -226,11 +222,11 @@ class ModelCheckpoint(Callback):
         )
 
     def _epoch_is_due(self, trainer: Trainer) -> bool:
-        return self._every_n_epochs > 0 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
-        if self._save_on_train_epoch_end is not None:
-            return self._save_on_train_epoch_end
+        if self.save_on_train_epoch_end is not None:
+            return self.save_on_train_epoch_end
         if trainer.check_val_every_n_epoch != 1:  # then validation tells when there is something new
             return False
         return sum(trainer.num_val_batches) == 0 or trainer.val_check_interval == 1.0
@@ -474,7 +470,7 @@ def _absolute(path: str) -> str:
     return path if is_url(path) else os.path.realpath(os.path.expanduser(path))
 
 
-def _check_arguments(callback: ModelCheckpoint, enable_version_counter: bool) -> None:
+def _check_arguments(callback: ModelCheckpoint) -> None:
     if callback.mode not in ("min", "max"):
         raise ConfigurationError(f"ModelCheckpoint: `mode` can be 'min' or 'max', but got {callback.mode!r}.")
     if callback.save_top_k < -1:
@@ -494,18 +490,18 @@ def _check_arguments(callback: ModelCheckpoint, enable_version_counter: bool) ->
         )
     if callback.save_last not in (None, True, False, "link"):
         raise ConfigurationError(f"save_last={callback.save_last!r}: use True, False or 'link'.")
-    if not enable_version_counter:
+    if not callback.enable_version_counter:
         raise ConfigurationError(
             "enable_version_counter=False would overwrite checkpoints, which are never overwritten here: a taken name "
             "gets -v1. Leave it out; the path of the newest is best_model_path, or last.ckpt with save_last=True."
         )
-    counts = {"every_n_train_steps": callback._every_n_train_steps, "every_n_epochs": callback._every_n_epochs}
+    counts = {"every_n_train_steps": callback.every_n_train_steps, "every_n_epochs": callback.every_n_epochs}
     for name, count in counts.items():
         if count < 0:
             raise ConfigurationError(f"Invalid value for {name}={count}. Must be >= 0")
-    if sum(count > 0 for count in counts.values()) + (callback._train_time_interval is not None) > 1:
+    if sum(count > 0 for count in counts.values()) + (callback.train_time_interval is not None) > 1:
         raise ConfigurationError(
             f"Combination of parameters every_n_train_steps={counts['every_n_train_steps']}, every_n_epochs="
-            f"{counts['every_n_epochs']} and train_time_interval={callback._train_time_interval} should be mutually "
+            f"{counts['every_n_epochs']} and train_time_interval={callback.train_time_interval} should be mutually "
             "exclusive. Use two ModelCheckpoint callbacks."
         )

@@ -98,7 +98,7 @@ class TensorBoardLogger(FolderLogger):
         Without `metrics` the number is `hp_metric`, -1 until you log it, unless `default_hp_metric=False`.
         """
         self.hparams |= hparams_dict(params)
-        write_text(join(self.log_dir, "hparams.json"), json.dumps(jsonable(self.hparams), indent=2) + "\n")
+        write_text(join(self.log_dir, "hparams.yaml"), json.dumps(jsonable(self.hparams), indent=2) + "\n")
         if metrics is None:
             metrics = {"hp_metric": -1} if self._default_hp_metric else {}
         elif not isinstance(metrics, Mapping):

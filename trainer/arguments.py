@@ -7,18 +7,21 @@ what was wrong with its value and what to write instead.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, ParamSpec
 
-from ..errors import ConfigurationError, UnknownArgumentError
+from ..errors import ConfigurationError, UnknownArgumentError, WrongTypeError
 from .hooks import overridden
 from .module import Module
+
+P = ParamSpec("P")
 
 #: Arguments that Lightning's Trainer had or has, and what to write here.
 REMOVED_ARGUMENTS = {
@@ -53,8 +56,24 @@ REMOVED_ARGUMENTS = {
     "max_nb_epochs": "max_epochs={value!r}",
     "epochs": "max_epochs={value!r}",
     "num_epochs": "max_epochs={value!r}",
+    "steps": "max_steps={value!r}",
     "plugins": "a Strategy object, or precision",
 }
+
+
+def named_only(init: Callable[P, None]) -> Callable[P, None]:
+    """`Trainer.__init__`, which keeps the arguments that were named as `given`, and refuses all others."""
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def checked(trainer: Any, *values: Any, **given: Any) -> None:
+        if values:
+            raise WrongTypeError(f"Trainer({values[0]!r}): nothing is positional; write Trainer(name=value).")
+        refuse_unknown({name: value for name, value in given.items() if name not in known}, known)
+        trainer.given = given
+        init(trainer, **given)
+
+    return checked  # type: ignore[return-value]
 
 
 def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -164,23 +183,24 @@ class Arguments:
     detect_anomaly: bool
     inference_mode: bool
     use_distributed_sampler: bool
+    sync_batchnorm: bool
     reload_dataloaders_every_n_epochs: int
     barebones: bool
     compile: bool | str | dict[str, Any] | None
 
     @classmethod
-    def checked(cls, given: Mapping[str, Any]) -> Arguments:
-        """From what Trainer was given; ConfigurationError for what cannot be used."""
+    def checked(cls, given: Mapping[str, Any], named: Mapping[str, Any]) -> Arguments:
+        """From all that Trainer was given, and what of it was `named`; ConfigurationError for what cannot be used."""
         barebones = bool(given["barebones"])
         if barebones:
-            _check_barebones(given)
-        if given["global_batch_size"] is not None and given["accumulate_grad_batches"] is not None:
+            _check_barebones(named)
+        if given["global_batch_size"] is not None and named.get("accumulate_grad_batches") is not None:
             raise ConfigurationError(
                 f"accumulate_grad_batches={given['accumulate_grad_batches']} and "
                 f"global_batch_size={given['global_batch_size']} contradict each other: the first is derived from the "
                 "second. Give one of them."
             )
-        clip_value, clip_algorithm = check_clipping(given["gradient_clip_val"], given["gradient_clip_algorithm"])
+        clip_value, clip_algorithm = check_clipping(given["gradient_clip_val"], named.get("gradient_clip_algorithm"))
         if isinstance(given["accumulate_grad_batches"], dict):
             raise ConfigurationError(
                 f"accumulate_grad_batches={given['accumulate_grad_batches']} is no number. Write "
@@ -197,7 +217,7 @@ class Arguments:
         extras = not (barebones or fast)
         n_epoch = given["check_val_every_n_epoch"]
         interval = given["val_check_interval"]
-        if n_epoch is None and isinstance(interval, float):
+        if n_epoch is None and isinstance(named.get("val_check_interval"), float):
             raise ConfigurationError(
                 f"check_val_every_n_epoch=None counts micro-batches across epochs, so val_check_interval={interval!r} "
                 "must be a number of them (an int)."
@@ -231,6 +251,7 @@ class Arguments:
             detect_anomaly=bool(given["detect_anomaly"]),
             inference_mode=bool(given["inference_mode"]),
             use_distributed_sampler=bool(given["use_distributed_sampler"]),
+            sync_batchnorm=bool(given["sync_batchnorm"]),
             reload_dataloaders_every_n_epochs=check_count(
                 "reload_dataloaders_every_n_epochs", given["reload_dataloaders_every_n_epochs"], 0
             ),
@@ -304,7 +325,7 @@ def _sanity_steps(value: Any, barebones: bool) -> int:
 
 def _log_every(value: Any, barebones: bool) -> int:
     """0 (never, Lightning's spelling for barebones) is a number no step reaches."""
-    every: int = check_count("log_every_n_steps", _or(value, 0 if barebones else 50), 0)
+    every: int = 0 if barebones else check_count("log_every_n_steps", _or(value, 50), 0)
     return every or sys.maxsize
 
 
@@ -327,10 +348,10 @@ def _check_interval(value: Any) -> int | float | timedelta:
     return value
 
 
-def _check_barebones(given: Mapping[str, Any]) -> None:
+def _check_barebones(named: Mapping[str, Any]) -> None:
     for name in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary", "logger", "log_every_n_steps",
                  "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler"):  # fmt: skip
-        if given[name]:
+        if named.get(name):
             raise ConfigurationError(
-                f"barebones=True switches {name} off, but {name}={given[name]!r} asks for it. Leave one out."
+                f"barebones=True switches {name} off, but {name}={named[name]!r} asks for it. Leave one out."
             )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, SequentialSampler
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, WrongTypeError
 from .combined import CombinedLoader
 from .loaders import (
     IndexBatches,
@@ -294,7 +294,7 @@ def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> P
     if isinstance(loaders, CombinedLoader):
         return _combined_data(loaders, strategy, settings)
     if not hasattr(loaders, "__iter__") and not hasattr(loaders, "__getitem__"):
-        raise ConfigurationError(
+        raise WrongTypeError(
             f"The training loader is a {type(loaders).__name__}, which cannot be iterated. Pass a DataLoader "
             "or any iterable of batches."
         )

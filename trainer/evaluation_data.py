@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, WrongTypeError
 from .combined import CombinedLoader
 from .iterables import begin_stream, deals_by_rank, length_of_stream, sharded
 from .loaders import (
@@ -61,7 +61,7 @@ class EvaluationData:
         self, loader: Any, strategy: Strategy, seed: int, limit: Any, argument: str, take_over: bool = True
     ) -> None:
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise ConfigurationError(
+            raise WrongTypeError(
                 f"An evaluation loader is a {type(loader).__name__}, which cannot be iterated. Pass a DataLoader or "
                 "any iterable of batches."
             )

@@ -19,10 +19,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..errors import ConfigurationError
 from .iterables import deals_by_rank
 from .loaders import can_be_taken_over, length_of
+from .rank_zero import rank_zero_warn
 from .rng import Place, arrive_at, isolated, place_kept
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
+
+_SAMPLE = "sample "
 
 
 def fingerprint(loader: Any) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def _content(dataset: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"data set": type(dataset).__qualname__, "length": length_of(dataset)}
     if facts["length"]:
         for index in sorted({0, facts["length"] // 2, facts["length"] - 1}):
-            facts[f"sample {index}"] = _digest(dataset, index)
+            facts[f"{_SAMPLE}{index}"] = _digest(dataset, index)
     return facts
 
 
@@ -82,23 +85,28 @@ class _Writer(pickle.Pickler):
 
 
 def check_alike(stage: str, loaders: Sequence[Any], strategy: Strategy) -> None:
-    """ConfigurationError on every rank when the data of one differs from rank 0's; a collective."""
+    """Compare the data of all ranks; a collective. Other samples are a warning, anything else a ConfigurationError."""
     if strategy.world_size == 1:
         return
     leaves = [leaf for loader in loaders for leaf in (getattr(loader, "flattened", None) or [loader])]
     found = strategy.all_gather_object([fingerprint(getattr(leaf, "planned", leaf)) for leaf in leaves])
     for rank, theirs in enumerate(found):
-        for expected, facts in zip(found[0], theirs, strict=False):
-            for name, value in expected.items():
-                if name not in facts or (facts[name] != value and None not in (facts[name], value)):
-                    _refuse(stage, rank, name, facts.get(name), value)
         if len(theirs) != len(found[0]):
-            _refuse(stage, rank, "number of loaders", len(theirs), len(found[0]))
+            raise ConfigurationError(_difference(stage, rank, "number of loaders", len(theirs), len(found[0])))
+        for expected, facts in zip(found[0], theirs, strict=True):
+            for name, value in expected.items():
+                if name in facts and (facts[name] == value or None in (facts[name], value)):
+                    continue
+                difference = _difference(stage, rank, name, facts.get(name), value)
+                if not name.startswith(_SAMPLE):
+                    raise ConfigurationError(difference)
+                rank_zero_warn(f"{difference} Data drawn or split at random needs seed_everything() before.")
+                return
 
 
-def _refuse(stage: str, rank: int, name: str, found: Any, expected: Any) -> None:
-    raise ConfigurationError(
+def _difference(stage: str, rank: int, name: str, found: Any, expected: Any) -> str:
+    return (
         f"The {stage} data of rank {rank} is not that of rank 0: {name} {found!r}, expected {expected!r}. Every rank "
-        "must make the same data set; the trainer deals it. To shard it yourself, use "
+        "should make the same data set; the trainer deals it. To shard it yourself, use "
         "Trainer(use_distributed_sampler=False)."
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, WrongTypeError
 from .datamodule import DataHooks
 from .hparams import HyperParameters, on_class_only
 from .rank_zero import rank_zero_warn
@@ -33,7 +33,7 @@ class Module(HyperParameters, DataHooks, nn.Module):
         self._trainer: Trainer | None = None
         self.example_input_array: Any = None
         self.automatic_optimization = True
-        self.strict_loading = True
+        self._strict_loading = True
         self.prepare_data_per_node = True
 
     # --- steps -------------------------------------------------------------------------------------------------
@@ -247,16 +247,27 @@ class Module(HyperParameters, DataHooks, nn.Module):
         map_location: Any = None,
         hparams_file: Any = None,
         strict: bool | None = None,
+        weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """A module with the weights and hyper-parameters of a checkpoint; `kwargs` override hyper-parameters.
 
-        Reads our checkpoints, safetensors files and Lightning's `.ckpt` (without executing anything).
+        Reads our checkpoints, safetensors files and Lightning's `.ckpt` (without executing anything: `weights_only`,
+        accepted for Lightning's sake, changes nothing).
         Raises CheckpointError for what is no checkpoint, ConfigurationError for missing arguments.
         """
         from .checkpoint.modules import load_module
 
         return load_module(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
+
+    @property
+    def strict_loading(self) -> bool:
+        """Whether a checkpoint must have the weights of this module, no more and no fewer."""
+        return self._strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict: bool) -> None:
+        self._strict_loading = strict
 
     # --- what a step may use -------------------------------------------------------------------------------------
     def log(
@@ -310,7 +321,8 @@ class Module(HyperParameters, DataHooks, nn.Module):
         """
         trainer = self.trainer
         value = _agreed("gradient_clip_val", gradient_clip_val, trainer.gradient_clip_val)
-        algorithm = _agreed("gradient_clip_algorithm", gradient_clip_algorithm, trainer.gradient_clip_algorithm)
+        named = trainer.arguments.gradient_clip_algorithm
+        algorithm = _agreed("gradient_clip_algorithm", gradient_clip_algorithm, named)
         if value:
             trainer._clip_gradients(optimizer, value, algorithm or "norm")
 
@@ -448,10 +460,10 @@ def _agreed(name: str, given: Any, of_trainer: Any) -> Any:
 
 
 def require(module: Any) -> Module:
-    """`module` if it is one; ConfigurationError for a plain nn.Module or something else."""
+    """`module` if it is one; WrongTypeError for a plain nn.Module or something else."""
     if isinstance(module, Module):
         return module
-    raise ConfigurationError(
+    raise WrongTypeError(
         f"Trainer got a {type(module).__module__}.{type(module).__qualname__}, expected a subclass of paceline.Module "
         "(paceline.LightningModule). Derive your class from it and define training_step and configure_optimizers."
     )

@@ -94,8 +94,11 @@ class TrainerProperties:
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps that `fit` will take, as far as is known; from `setup` on. Asks for the training loader."""
-        limits, data = self.arguments, self.load_train_data()
+        """Optimizer steps that `fit` will take, as far as is known. From `setup` on it asks for the training loader."""
+        limits = self.arguments
+        if self.data_settings is None:
+            return math.inf if limits.max_steps == -1 else limits.max_steps
+        data = self.load_train_data()
         steps = estimated_stepping_batches(limits.max_epochs, limits.max_steps, data.num_batches, data.micro_batches)
         for callback in self.callbacks:
             if hasattr(callback, "estimated_steps"):  # the accumulation is another in other epochs
@@ -206,9 +209,9 @@ class TrainerProperties:
         return self.arguments.gradient_clip_val
 
     @property
-    def gradient_clip_algorithm(self) -> str | None:
+    def gradient_clip_algorithm(self) -> str:
         """As given."""
-        return self.arguments.gradient_clip_algorithm
+        return self.arguments.gradient_clip_algorithm or "norm"
 
     @property
     def log_every_n_steps(self) -> int:
@@ -229,6 +232,11 @@ class TrainerProperties:
     def log_dir(self) -> str:
         """The folder of this run; the root until one is claimed."""
         return self.run_folder or self.default_root_dir
+
+    @property
+    def barebones(self) -> bool:
+        """As given."""
+        return self.arguments.barebones
 
     # --- metrics ----------------------------------------------------------------------------------------------
     @property
@@ -354,10 +362,23 @@ class TrainerProperties:
         """The callbacks that are loggers."""
         return [callback for callback in self.callbacks if hasattr(callback, "log_metrics")]
 
+    @loggers.setter
+    def loggers(self, loggers: list[Any]) -> None:
+        others = [callback for callback in self.callbacks if callback not in self.loggers]
+        self.set_callbacks([*others, *loggers])
+
     @property
     def logger(self) -> Any:
-        """The first logger, or None."""
+        """The first logger, or None. Another one put in its place takes the place of all."""
         return next(iter(self.loggers), None)
+
+    @logger.setter
+    def logger(self, logger: Any) -> None:
+        self.loggers = [] if logger is None else [logger]
+
+    def set_callbacks(self, callbacks: list[Callback]) -> None:
+        """Take `callbacks` in the place of those there are."""
+        raise NotImplementedError
 
     @property
     def checkpoint_callbacks(self) -> list[Any]:

@@ -22,7 +22,6 @@ from .rank_zero import rank_zero_info
 
 SEED_VARIABLE = "PACELINE_SEED"
 WORKERS_VARIABLE = "PACELINE_SEED_WORKERS"
-_UNSEEDED = 67280421310721  # what torch.initial_seed() is while nobody has seeded
 _RANK_STREAM = 0x72616E6B  # "rank"
 _SAMPLE_STREAM = 0x73616D70  # "samp"
 
@@ -57,9 +56,8 @@ def seed_of_run() -> tuple[int, bool]:
     """The seed that the user chose, by `seed_everything` or `torch.manual_seed`; else a new one, and True."""
     if os.environ.get(SEED_VARIABLE):
         return int(os.environ[SEED_VARIABLE]), False
-    if torch.initial_seed() != _UNSEEDED:
-        return torch.initial_seed(), False
-    return secrets.randbits(32), True
+    seed = torch.initial_seed()  # 64 random bits while nobody has seeded
+    return seed % 2**32, seed >= 2**32
 
 
 def derive_stream_of_rank(seed: int, global_step: int, rank: int) -> None:

@@ -27,6 +27,7 @@ from .loop import Fit
 from .metric_objects import buffers_kept, untouched
 from .module import Module
 from .optim import parse_optimizers
+from .rank_zero import rank_zero_warn
 from .rng import derive_stream_of_rank, isolated, seed_generators, seed_of_run
 from .schedules import Schedulers, ValidationTimes
 from .state import Limits, Progress, RunningStage, TrainerFn, TrainerStatus
@@ -408,9 +409,13 @@ def _validation(trainer: Trainer, module: Module, loaders: Any) -> Evaluation | 
     """Validation inside `fit`; None where there is no validation_step or no loader."""
     trainer.validation = None
     trainer.batch_counts["validation"] = []
-    if trainer.arguments.limit_of("val") == 0 or not overridden(module, "validation_step", Module):
+    has_step = overridden(module, "validation_step", Module)
+    has_data = loaders is not None or _has_hook(trainer, module, "val_dataloader")
+    if trainer.arguments.limit_of("val") == 0 or not (has_step or has_data):
         return None
-    if loaders is None and not _has_hook(trainer, module, "val_dataloader"):
+    if has_step != has_data:
+        missing = "validation data, but no validation_step" if has_data else "a validation_step, but no validation data"
+        rank_zero_warn(f"There is {missing}: fit() does not validate. Define both, or neither.")
         return None
     validation = prepare_evaluation(trainer, module, "validate", loaders)
     trainer.validation = validation if any(trainer.num_val_batches) else None

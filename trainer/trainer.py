@@ -31,7 +31,7 @@ from ..strategies.cluster import find_cluster, rendezvous_environment
 from ..strategies.estimate import measure, table
 from ..strategies.precision import parse_precision
 from . import estimating, launch, stages, verify
-from .arguments import Arguments, refuse_unknown
+from .arguments import Arguments, named_only
 from .callback import Callback
 from .checkpoint.run_folder import FolderLock, claim_version_folder
 from .checkpoint.run_state import BeforeValidation, save_checkpoint
@@ -61,6 +61,9 @@ class Trainer(TrainerProperties):
     An unknown or contradictory argument is a ConfigurationError that names the nearest right one.
     """
 
+    given: dict[str, Any]
+
+    @named_only
     def __init__(
         self,
         *,
@@ -80,21 +83,21 @@ class Trainer(TrainerProperties):
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0,
         fast_dev_run: bool | int = False,
-        num_sanity_val_steps: int | None = None,
-        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        num_sanity_val_steps: int | None = 2,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = 1.0,
         check_val_every_n_epoch: int | None = 1,
-        accumulate_grad_batches: int | None = None,
+        accumulate_grad_batches: int | None = 1,
         global_batch_size: int | None = None,
         gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        gradient_clip_algorithm: str | None = "norm",
         callbacks: Callback | Sequence[Callback] | None = None,
-        logger: Any = None,
-        log_every_n_steps: int | None = None,
-        enable_progress_bar: bool | None = None,
-        enable_checkpointing: bool | None = None,
-        enable_model_summary: bool | None = None,
-        default_root_dir: str | os.PathLike[str] | None = None,
-        deterministic: bool | str | None = None,
+        logger: Any = True,
+        log_every_n_steps: int | None = 50,
+        enable_progress_bar: bool | None = True,
+        enable_checkpointing: bool | None = True,
+        enable_model_summary: bool | None = True,
+        default_root_dir: str | os.PathLike[str] | None = "runs",
+        deterministic: bool | str | None = False,
         benchmark: bool | None = None,
         detect_anomaly: bool = False,
         inference_mode: bool = True,
@@ -104,12 +107,8 @@ class Trainer(TrainerProperties):
         profiler: Any = None,
         barebones: bool = False,
         compile: bool | str | dict[str, Any] = False,  # noqa: A002 (torch's word)
-        **unknown: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "unknown")}
-        refuse_unknown(unknown, given)
-        self.given = given
-        self.arguments = Arguments.checked(given)
+        self.arguments = Arguments.checked(locals(), self.given)
         self.precision_policy = parse_precision(precision)
         self._cluster = find_cluster()
         if estimating.asked() is not None:  # for machines that are not here
@@ -272,7 +271,7 @@ class Trainer(TrainerProperties):
         """Take the strategy of `choice`, and what works through it."""
         self._choice, self.strategy = choice, choice.strategy
         self.strategy.take_place(choice.device_of(self._local_rank), self._cluster)
-        self.strategy.sync_batchnorm |= self.given["sync_batchnorm"]
+        self.strategy.sync_batchnorm |= self.arguments.sync_batchnorm
         self.saver = Saver(self.strategy)
         self.metrics = self._metrics = Metrics(self.strategy, self._deliver)
         self.metrics.muted = self.arguments.barebones
@@ -575,7 +574,7 @@ def _with_defaults(
 
 
 def _loggers(logger: Any, arguments: Any, given: list[Callback]) -> list[Callback]:
-    if logger is False or (logger is None and arguments.barebones):
+    if logger is False or arguments.barebones:
         return []
     if arguments.fast_dev_run:
         return [SilentLogger()]

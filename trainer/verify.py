@@ -103,7 +103,7 @@ def verify_resume(
     if steps < 1:
         raise ConfigurationError(f"verify_resume(steps={steps!r}): expected at least 1.")
     data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
-    strategies = [copy.deepcopy(trainer.given["strategy"]) for _ in range(2)]
+    strategies = [copy.deepcopy(trainer.given.get("strategy", "auto")) for _ in range(2)]
     trainer.connect()
     with tempfile.TemporaryDirectory(prefix="paceline-verify-") as own, isolated():
         whole, resumed = _Watch(steps, str(trainer.strategy.broadcast_object(own))), _Watch(steps, None)

@@ -169,7 +169,7 @@ def test_tensorboard_has_the_curves_and_the_hyper_parameters(tmp_path: Path) -> 
     events.Reload()
     assert [e.step for e in events.Scalars("train_loss")] == [1, 4, 8, 12, 16]
     assert [(e.step, e.value) for e in events.Scalars("val_score")] == [(8, 0), (16, 1)]
-    assert (tmp_path / "tb" / "version_0" / "hparams.json").exists()
+    assert (tmp_path / "tb" / "version_0" / "hparams.yaml").exists()
 
 
 def test_tensorboard_drops_what_came_after_the_save_of_a_resumed_run(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_a_rate_that_is_a_tensor_is_logged(tmp_path: Path) -> None:
 def test_it_needs_a_logger(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="has no logger"):
         trainer(tmp_path, LearningRateMonitor()).fit(Scripted(), loader())
+    trainer(tmp_path, LearningRateMonitor(), fast_dev_run=True).fit(Scripted(), loader())  # which has none
 
 
 def test_a_bad_interval_is_refused() -> None:

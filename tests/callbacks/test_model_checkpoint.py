@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -101,6 +102,12 @@ def test_nan_is_the_worst_score() -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         ModelCheckpoint(**arguments)
+
+
+def test_every_argument_can_be_read() -> None:
+    given = {name: parameter.default for name, parameter in inspect.signature(ModelCheckpoint).parameters.items()}
+    callback = ModelCheckpoint()
+    assert {name: getattr(callback, name) for name in given} == given | {"every_n_train_steps": 0, "every_n_epochs": 1}
 
 
 def test_callbacks_that_differ_have_different_keys() -> None:

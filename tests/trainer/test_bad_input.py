@@ -6,6 +6,7 @@ The messages are the subject here. Hooks that are misspelt are in `test_hooks.py
 
 from __future__ import annotations
 
+import inspect
 from datetime import timedelta
 from typing import Any
 
@@ -68,6 +69,30 @@ def test_an_unknown_argument_is_also_a_type_error_and_all_errors_of_ours_have_on
 def test_arguments_by_position_are_refused() -> None:
     with pytest.raises(TypeError, match="positional"):
         pl.Trainer("ddp")  # type: ignore[misc]
+
+
+def test_the_signature_shows_names_only_and_what_holds_by_default() -> None:
+    parameters = inspect.signature(pl.Trainer).parameters
+    assert {one.kind for one in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    names = "num_sanity_val_steps val_check_interval accumulate_grad_batches gradient_clip_algorithm log_every_n_steps"
+    trainer = pl.Trainer(accelerator="cpu")
+    assert all(getattr(trainer, name) == parameters[name].default is not None for name in names.split())
+
+
+def test_what_is_asked_for_beside_barebones_is_refused_even_where_it_is_the_default() -> None:
+    assert pl.Trainer(barebones=True, max_epochs=1, accelerator="cpu").callbacks == []
+    with pytest.raises(ConfigurationError, match="switches enable_progress_bar off"):
+        pl.Trainer(barebones=True, enable_progress_bar=True)
+
+
+def test_errors_are_those_that_python_has_for_them(tmp_path: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a subclass of paceline\.Module"):
+        tiny_trainer().fit(torch.nn.Linear(1, 1), loader(2))  # type: ignore[arg-type]
+    for data in ((3,), (numbers(2), 3)):
+        with pytest.raises(TypeError, match="cannot be iterated"):
+            tiny_trainer().fit(Evaluates(), *data)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        tiny_trainer().validate(Evaluates(), numbers(2), ckpt_path=tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,20 @@ def test_a_module_made_from_a_checkpoint_sees_all_that_was_saved_with_it() -> No
     assert made.layer.bias.item() == 7
 
 
+def test_a_module_may_say_that_it_loads_parts() -> None:
+    class Grown(Layered):
+        def configure_model(self) -> None:
+            self.more = torch.nn.Linear(1, 1)
+
+    class Partial(Grown):
+        strict_loading = property(lambda self: False)
+
+    path = saved(Layered())
+    with pytest.raises(RuntimeError, match=r"Missing key.*more\.weight"):
+        Grown.load_from_checkpoint(path, weights_only=True)
+    assert Partial.load_from_checkpoint(path).more is not None
+
+
 def test_loading_on_an_object_is_refused_since_it_would_change_nothing() -> None:
     path = saved(Layered())
     with pytest.raises(TypeError, match=r"module = Layered\.load_from_checkpoint"):

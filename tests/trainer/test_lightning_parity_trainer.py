@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import paceline as pl
 from paceline.callbacks import LearningRateMonitor, ModelSummary, Profiler, TQDMProgressBar
 from paceline.errors import ConfigurationError
+from paceline.loggers import CSVLogger
 
 from helpers.ranks import run_ranks
 from helpers.tiny import Sums, numbers, tiny_trainer
@@ -195,9 +197,25 @@ def test_the_number_of_steps_is_known_from_setup_on_and_the_loader_is_made_once(
     assert (module.steps, module.made) == (12, 1)
 
 
-def test_outside_of_fit_the_number_of_steps_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="from setup on"):
-        tiny_trainer().estimated_stepping_batches
+def test_outside_of_fit_the_number_of_steps_is_as_far_as_known() -> None:
+    assert tiny_trainer(max_epochs=2).estimated_stepping_batches == math.inf
+    assert tiny_trainer(max_steps=5).estimated_stepping_batches == 5
+
+
+def test_another_logger_takes_the_place_of_all(tmp_path: Path) -> None:
+    trainer = tiny_trainer(logger=[CSVLogger(tmp_path, "a"), CSVLogger(tmp_path, "b")])
+    third = CSVLogger(tmp_path, "c")
+    trainer.logger = third
+    assert (trainer.loggers, trainer.callbacks.count(third)) == ([third], 1)
+    trainer.loggers = []
+    assert trainer.logger is None
+
+
+@pytest.mark.parametrize(("step", "data"), [(True, False), (False, True)])
+def test_half_a_validation_is_a_warning(step: bool, data: bool) -> None:
+    module = Validated() if step else Sums()
+    with pytest.warns(UserWarning, match=r"fit\(\) does not validate"):
+        tiny_trainer().fit(module, numbers(2), numbers(2) if data else None)
 
 
 class Remembers(pl.DataModule):

@@ -71,18 +71,25 @@ def test_the_seed_of_a_run_is_the_users_by_seed_everything_or_by_torch() -> None
     assert seed_of_run() == (6, False)
 
 
-def drawn_seed() -> tuple[int, str]:
-    torch.default_generator.manual_seed(67280421310721)  # what torch starts with
+def drawn_seed() -> tuple[int, float]:
+    torch.seed()  # 64 random bits, as when torch starts
     trainer = tiny_trainer(strategy="ddp")
-    trainer.fit(Sums(), numbers(4))
-    return trainer.seed, os.environ["RANK"]
+    module = DrawsInSetup()
+    trainer.fit(module, numbers(4))
+    return trainer.seed, module.drawn
+
+
+class DrawsInSetup(Sums):
+    def configure_model(self) -> None:
+        self.drawn = torch.rand(()).item()
 
 
 def test_without_a_seed_rank_0_draws_one_which_all_use_and_which_is_printed() -> None:
     results = run_ranks(drawn_seed, 2)
-    assert results[0][0] == results[1][0]
+    assert results[0] == results[1]
     assert f"seed {results[0][0]} (drawn)" in results.outputs[0]
     assert results[0][0] != run_ranks(drawn_seed, 2)[0][0]
+    assert pl.seed_everything(results[0][0]) == results[0][0]
 
 
 # --- streams --------------------------------------------------------------------------------------------------------

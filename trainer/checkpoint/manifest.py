@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...errors import CheckpointError
+from ...errors import CheckpointError, CheckpointNotFoundError
 from .blocks import BLOCK_BYTES, BlockReader, FileRecord
 from .encode import decode, encode
 from .pointer import resolve_pointer
@@ -120,7 +120,7 @@ def _existing(storage: Storage, folder: str, where: str) -> str:
         )
     if storage.exists(folder):
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is no checkpoint, or a save that never finished.")
-    raise CheckpointError(f"{folder} does not exist.")
+    raise CheckpointNotFoundError(f"{folder} does not exist.")
 
 
 def _parse(record: dict[str, Any], where: str) -> Manifest:
