@@ -7,8 +7,6 @@ so order, seeking and weights are known without reading anything. Any other iter
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -21,23 +19,25 @@ from .loaders import (
     IndexBatches,
     can_be_taken_over,
     draw,
+    draw_alike,
+    drawn_length,
     draws_own_batches,
     holds_loaders,
     is_map_style,
     is_plain_shuffle,
     length_of,
-    length_or_error,
     let_go,
     resolve_limit,
     seed_of,
     set_epoch,
+    source_of,
     taken_over,
     why_left_alone,
 )
 from .plan import DealtPlan, EpochPlan, Order, derive_micro_batches, mix_seed, permutation, sequential
 from .rank_zero import rank_zero_warn
 from .streamed_data import RankBatches, StreamedData
-from .windows import DataSettings, ToDevice, Window, moved, shares
+from .windows import DataSettings, ToDevice, Window, moved, shares, weight_of
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -137,7 +137,7 @@ class PlannedData:
     def plan(self) -> EpochPlan:
         """This rank's plan of the epoch, with the present accumulation."""
         settings, strategy = self._settings, self._strategy
-        key = (settings.accumulate, settings.global_batch_size, length_of(self._source()))
+        key = (settings.accumulate, settings.global_batch_size, length_of(source_of(self.user_loader)))
         if key == self._plan_key:
             return self._plan
         plan = self._make_plan(strategy.data_ranks, strategy.data_rank, None)
@@ -149,17 +149,12 @@ class PlannedData:
 
     def _make_plan(self, ranks: int, rank: int, limit: int | None) -> EpochPlan:
         settings, loader = self._settings, self.user_loader
-        length = length_or_error(self._source(), "its batch sampler" if self._dealt else "its sampler")
+        length = drawn_length(loader)
         if self._dealt:
             return DealtPlan(length, settings.accumulate, ranks, rank, limit_batches=limit)
         batch_size = loader.batch_size or 1
         global_batch = settings.global_batch_size or batch_size * settings.accumulate * ranks
         return EpochPlan(length, global_batch, batch_size, ranks, rank, loader.drop_last, limit)
-
-    def _source(self) -> Any:
-        """What draws samples, or whole batches (without automatic batching, single samples that are batches)."""
-        loader = self.user_loader
-        return loader.batch_sampler if self._dealt and loader.batch_sampler is not None else loader.sampler
 
     def windows(self, epoch: int, first_batch: int = 0, alone: bool = False) -> Iterator[Window]:
         """The windows of `epoch` from micro-batch `first_batch` on, which must begin a window.
@@ -171,8 +166,7 @@ class PlannedData:
         if not self._dealt:
             order = self._order(plan.num_samples, epoch, alone)
             return self._cut_windows(plan, order, epoch, first_batch)
-        drawn = draw(self._source(), self._seed, epoch, plan.num_samples)
-        self._check_alike(drawn, alone)
+        drawn = self._draw(epoch, plan.num_samples, alone)
         return self._dealt_windows(plan, drawn, epoch, first_batch)
 
     def _cut_windows(self, plan: EpochPlan, order: Order, epoch: int, first_batch: int) -> Iterator[Window]:
@@ -208,7 +202,7 @@ class PlannedData:
         if weigh is None:
             return Window(batches, scales, weights, samples, ghosts)
         held = list(islice(batches, len(scales)))
-        numbers = [float(weigh(batch)) if w else 0.0 for batch, w in zip(held, weights, strict=True)]
+        numbers = [weight_of(batch, weigh) if w else 0.0 for batch, w in zip(held, weights, strict=True)]
         return Window(moved(held, self.to_device), shares(numbers, self._strategy), numbers, samples, ghosts)
 
     def _order(self, length: int, epoch: int, alone: bool) -> Order:
@@ -217,23 +211,13 @@ class PlannedData:
             return sequential(length)
         if is_plain_shuffle(sampler):
             return permutation(length, self._seed, epoch)
-        drawn = draw(sampler, self._seed, epoch, length)
-        self._check_alike(drawn, alone)
-        return _DrawnOrder(drawn)
+        return _DrawnOrder(self._draw(epoch, length, alone))
 
-    def _check_alike(self, drawn: list[Any], alone: bool) -> None:
-        """ConfigurationError on every rank where a user's sampler drew something else on one of them."""
-        if alone or self._strategy.world_size == 1:
-            return
-        digests = self._strategy.all_gather_object(hashlib.blake2s(pickle.dumps(drawn)).hexdigest())
-        other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if other:
-            raise ConfigurationError(
-                f"{type(self._source()).__name__} drew other samples on rank(s) {', '.join(map(str, other))} than on "
-                "rank 0. A sampler must draw alike on every rank, and the trainer deals what it draws: let it draw "
-                "from torch's, NumPy's or Python's global generator, which are seeded alike as it draws, or from one "
-                "of its own that is. To deal the samples yourself, use Trainer(use_distributed_sampler=False)."
-            )
+    def _draw(self, epoch: int, length: int, alone: bool) -> list[Any]:
+        source = source_of(self.user_loader)
+        if alone:
+            return draw(source, self._seed, epoch, length)
+        return draw_alike(source, self._seed, epoch, length, self._strategy)
 
     def _read(self, epoch: int, first_batch: int) -> Iterator[Any]:
         self._indices.seed, self._indices.epoch = self._seed, epoch
@@ -317,7 +301,13 @@ def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> P
             "Let the trainer deal the samples: pass shuffle=True or a sampler that draws alike on every rank."
         )
     _refuse_global_batch_size(settings, f"no indices to cut ({type(loaders).__name__})")
-    return StreamedData(loaders, strategy, settings, deal=settings.take_over and isinstance(loaders, Sequence))
+    deal = settings.take_over and isinstance(loaders, Sequence)
+    if strategy.data_ranks > 1 and settings.take_over and not deal and not isinstance(loaders, DataLoader):
+        rank_zero_warn(
+            f"Every rank reads the training loader ({type(loaders).__name__}) as it comes, so it must give each rank "
+            "batches of its own. Pass a DataLoader or a list of batches, and the trainer deals them."
+        )
+    return StreamedData(loaders, strategy, settings, deal)
 
 
 def _refuse_global_batch_size(settings: DataSettings, what: str) -> None:

@@ -20,7 +20,8 @@ from .loaders import (
     IndexBatches,
     batch_size_of,
     can_be_taken_over,
-    draw,
+    draw_alike,
+    drawn_length,
     draws_own_batches,
     holds_loaders,
     is_map_style,
@@ -29,6 +30,7 @@ from .loaders import (
     resolve_limit,
     set_epoch,
     shards_itself,
+    source_of,
     taken_over,
     why_left_alone,
 )
@@ -69,10 +71,14 @@ class EvaluationData:
         self._share = None if self.user_loader is loader or isinstance(loader, CombinedLoader) else self.user_loader
         self._strategy = strategy
         self._seed = seed
-        length = length_of_stream(self.user_loader)
-        self.num_batches: int | float = resolve_limit(limit, math.inf if length is None else length, argument)
         self._indices = IndexBatches()
         self._loader = taken_over(loader, self._indices) if take_over and can_be_taken_over(loader) else None
+        if self._loader is not None:
+            drawn_length(loader)  # raises where it has none
+        length = length_of_stream(self.user_loader)
+        self.num_batches: int | float = resolve_limit(limit, math.inf if length is None else length, argument)
+        if length == 0 and limit != 0:
+            rank_zero_warn(f"An evaluation loader ({type(loader).__name__}) has no batch: nothing of it is evaluated.")
         self._whole = not take_over or deals_by_rank(loader) or shards_itself(loader)
         if take_over and is_map_style(loader) and self._loader is None:
             rank_zero_warn(
@@ -156,16 +162,16 @@ class EvaluationData:
         """The indices of the first `count` batches, as the user's loader would draw them."""
         loader = self.user_loader
         set_epoch(loader, 0)
+        source = source_of(loader)
         if draws_own_batches(loader):
-            source = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-            return draw(source, self._seed, 0, count)
-        samples, size = len(loader.sampler), loader.batch_size
-        if type(loader.sampler) is torch.utils.data.SequentialSampler:
+            return draw_alike(source, self._seed, 0, count, self._strategy)
+        samples, size = len(source), loader.batch_size
+        if type(source) is torch.utils.data.SequentialSampler:
             return [range(i, min(i + size, samples)) for i in range(0, count * size, size)]
         order = (
             permutation(samples, self._seed, 0)
-            if is_plain_shuffle(loader.sampler)
-            else draw(loader.sampler, self._seed, 0, min(count * size, samples))
+            if is_plain_shuffle(source)
+            else draw_alike(source, self._seed, 0, min(count * size, samples), self._strategy)
         )
         return [order[i : i + size] for i in range(0, count * size, size)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import ConfigurationError
 from .iterables import deals_by_rank
-from .loaders import can_be_taken_over, length_of
+from .loaders import IndexBatches, can_be_taken_over, length_of
 from .rank_zero import rank_zero_warn
-from .rng import Place, arrive_at, isolated, place_kept
+from .rng import isolated, place_kept, seed_generators
+from .signals import WorkerStart
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -33,7 +34,7 @@ def fingerprint(loader: Any) -> dict[str, Any]:
     loader = getattr(loader, "user_loader", loader)
     facts: dict[str, Any] = {"loader": type(loader).__qualname__}
     if can_be_taken_over(loader):
-        facts |= {"batch_size": loader.batch_size, **_content(loader.dataset)}
+        facts |= {"batch_size": loader.batch_size, **_content(loader.dataset, loader)}
     elif isinstance(loader, Sequence):
         facts |= _content(loader)
     elif isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
@@ -43,28 +44,47 @@ def fingerprint(loader: Any) -> dict[str, Any]:
     return facts
 
 
-def _content(dataset: Any) -> dict[str, Any]:
+def _content(dataset: Any, loader: Any = None) -> dict[str, Any]:
     """The length comes first: where it differs, samples do too."""
-    facts: dict[str, Any] = {"data set": type(dataset).__qualname__, "length": length_of(dataset)}
-    if facts["length"]:
-        for index in sorted({0, facts["length"] // 2, facts["length"] - 1}):
-            facts[f"{_SAMPLE}{index}"] = _digest(dataset, index)
+    length = length_of(dataset)
+    facts: dict[str, Any] = {"data set": type(dataset).__qualname__, "length": length}
+    if length:
+        indices = sorted({0, length // 2, length - 1})
+        facts |= zip((f"{_SAMPLE}{index}" for index in indices), _digests(dataset, indices, loader), strict=True)
     return facts
 
 
-def _digest(dataset: Any, index: int) -> str | None:
-    """A hash of one sample; None where it is another each time, or cannot be read or written by itself."""
+def _digests(dataset: Any, indices: list[int], loader: Any) -> list[str | None]:
+    """A hash of each sample; None where it is another each time, or samples cannot be read or written one by one.
+
+    A loader with workers has them read by one: a file that a data set opens at its first sample, kept open here, would
+    be shared by all workers, and with it the place in the file.
+    """
+
+    def twice() -> Iterator[tuple[int, int]]:
+        for index in indices:
+            for _ in range(2):
+                seed_generators(0)
+                yield 0, index
+
+    reads = IndexBatches()
+    reads.lists, reads.in_workers = twice(), getattr(loader, "num_workers", 0) > 0
+    reader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=reads,
+        collate_fn=_hash,
+        num_workers=int(reads.in_workers),
+        worker_init_fn=WorkerStart(loader.worker_init_fn) if reads.in_workers else None,
+        multiprocessing_context=loader.multiprocessing_context if reads.in_workers else None,
+        generator=torch.Generator(),
+    )
     try:
-        first, again = (_hash_of_sample(dataset, index) for _ in range(2))
+        with isolated(), place_kept():
+            found = list(reader)
     except (pickle.PicklingError, AttributeError, TypeError, LookupError):  # an index may be a key of a sampler
-        return None
-    return first if first == again else None
-
-
-def _hash_of_sample(dataset: Any, index: int) -> str:
-    with isolated(0), place_kept():
-        arrive_at(Place(0, 0, 0))
-        return _hash(dataset[index])
+        return [None] * len(indices)
+    return [first if first == again else None for first, again in zip(found[::2], found[1::2], strict=True)]
 
 
 def _hash(sample: Any) -> str:

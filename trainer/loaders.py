@@ -8,12 +8,14 @@ random generators are seeded from that place, so that what it draws depends on n
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ from ..errors import ConfigurationError
 from .plan import mix_seed
 from .rng import Place, arrive_at, isolated
 from .signals import WorkerStart
+
+if TYPE_CHECKING:
+    from ..strategies.base import Strategy
 
 #: One of these stands in the code of a DataLoader's __iter__ that goes on to read the batch sampler.
 _READ_INDICES = {"super", "__class__", "batch_sampler", "_index_sampler", "_get_iterator", "DataLoader"}
@@ -143,6 +148,12 @@ def draws_own_batches(loader: DataLoader[Any]) -> bool:
     return loader.batch_size is None or not _is_of_the_library(loader.batch_sampler, "BatchSampler")
 
 
+def source_of(loader: DataLoader[Any]) -> Any:
+    """What draws samples, or whole batches (without automatic batching, single samples that are batches)."""
+    own = draws_own_batches(loader) and loader.batch_sampler is not None
+    return loader.batch_sampler if own else loader.sampler
+
+
 def is_plain_shuffle(sampler: Any) -> bool:
     """True for the sampler that `shuffle=True` makes."""
     plain = _is_of_the_library(sampler, "RandomSampler")
@@ -162,6 +173,23 @@ def draw(sampler: Iterable[Any], seed: int, epoch: int, length: int) -> list[Any
         raise ConfigurationError(
             f"{type(sampler).__name__} says that it has {length} items (its __len__), but drew {len(drawn)}. Let "
             "__len__ return what __iter__ yields."
+        )
+    return drawn
+
+
+def draw_alike(sampler: Iterable[Any], seed: int, epoch: int, length: int, strategy: Strategy) -> list[Any]:
+    """`draw` by all ranks together; ConfigurationError on each where one of them drew something else."""
+    drawn = draw(sampler, seed, epoch, length)
+    if strategy.world_size == 1:
+        return drawn
+    digests = strategy.all_gather_object(hashlib.blake2s(pickle.dumps(drawn)).hexdigest())
+    other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if other:
+        raise ConfigurationError(
+            f"{type(sampler).__name__} drew other samples on rank(s) {', '.join(map(str, other))} than on rank 0. A "
+            "sampler must draw alike on every rank, and the trainer deals what it draws: let it draw from torch's, "
+            "NumPy's or Python's global generator, which are seeded alike as it draws, or from one of its own that is. "
+            "To deal the samples yourself, use Trainer(use_distributed_sampler=False)."
         )
     return drawn
 
@@ -258,13 +286,15 @@ def length_of(loader: Any) -> int | None:
         return None
 
 
-def length_or_error(sized: Any, what: str) -> int:
-    """`len(sized)`; ConfigurationError where there is none, calling it `what`."""
-    length = length_of(sized)
+def drawn_length(loader: DataLoader[Any]) -> int:
+    """How many samples, or whole batches, a map-style loader draws; ConfigurationError where nobody can say."""
+    source = source_of(loader)
+    length = length_of(source)
     if length is None:
+        what = "batch sampler" if source is loader.batch_sampler else "sampler"
         raise ConfigurationError(
-            f"The loader has no length: {what} ({type(sized).__name__}) has no __len__. Add one, or pass an iterable "
-            "of batches instead of a DataLoader."
+            f"The loader has no length: its {what} ({type(source).__name__}) has no __len__. Add one, or pass an "
+            "iterable of batches instead of a DataLoader."
         )
     return length
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from ..errors import ConfigurationError
 def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """`batch` with its tensors on `device`, floating-point ones as `dtype` if given.
 
-    Knows tensors, dicts, lists, (named) tuples, dataclasses and everything with a `to` method; numbers, strings and
-    other leaves stay as they are. Copies from pinned memory do not block.
+    Knows tensors, dicts and their like, lists, (named) tuples, dataclasses and everything with a `to` method; numbers,
+    strings and other leaves stay as they are. Copies from pinned memory do not block.
     """
     if isinstance(batch, Tensor):
         wanted = dtype if dtype is not None and batch.is_floating_point() else None
@@ -36,7 +36,7 @@ def move(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> 
         return type(batch)(*(move(item, device, dtype) for item in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)([move(item, device, dtype) for item in batch])
-    if isinstance(batch, dict):
+    if isinstance(batch, MutableMapping):
         moved = {key: move(item, device, dtype) for key, item in batch.items()}
         if type(batch) is dict:
             return moved

@@ -299,7 +299,11 @@ def training_data_of(trainer: Trainer, module: Module, settings: DataSettings) -
     trainer.train_dataloader = source
     data = training_data(source, trainer.strategy, settings)
     data.to_device = _device_stream(trainer, module, data.user_loader)
-    _ = data.num_batches  # raises where a limit cannot be kept
+    if data.num_batches == 0 and settings.limit != 0:  # raises where a limit cannot be kept
+        rank_zero_warn(
+            f"Nothing is trained: the training loader ({type(source).__name__}) has no batch. With drop_last=True it "
+            "needs the samples of a whole global batch."
+        )
     return data
 
 

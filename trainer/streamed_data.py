@@ -22,7 +22,7 @@ from .plan import mix_seed
 from .positions import Position
 from .rank_zero import rank_zero_warn
 from .rng import Place, isolated
-from .windows import DataSettings, ToDevice, Window, moved, shares
+from .windows import DataSettings, ToDevice, Window, moved, shares, weight_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -302,7 +302,7 @@ def _weighed(batches: Sequence[Any], settings: DataSettings) -> tuple[list[float
     if settings.loss_weight is None:
         weights = [math.nan if size is None else float(size) for size in sizes]
     else:
-        weights = [float(settings.loss_weight(batch)) for batch in batches]
+        weights = [weight_of(batch, settings.loss_weight) for batch in batches]
     return weights, [float(size or 1) for size in sizes]
 
 

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -48,6 +51,21 @@ class DataSettings:
     loss_weight: Callable[[Any], float | Tensor] | None = None
     take_over: bool = True
     overfit: int | float = 0
+
+
+def weight_of(batch: Any, loss_weight: Callable[[Any], float | Tensor]) -> float:
+    """What a user's `loss_weight` says of a batch; ConfigurationError where that is no number of items."""
+    said = loss_weight(batch)
+    try:
+        weight = float(said)
+    except (TypeError, ValueError, RuntimeError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise ConfigurationError(
+            f"loss_weight returned {said!r:.80} ({type(said).__name__}). Return how many items the mean loss of the "
+            "batch stands for: one number, or a 0-d tensor, that is 0 or more."
+        )
+    return weight
 
 
 def shares(weights: Sequence[float], strategy: Strategy) -> Sequence[float | Tensor]:

@@ -222,14 +222,15 @@ def test_a_loader_that_cannot_be_iterated_is_named() -> None:
         tiny_trainer().fit(Regression(), 3)
 
 
-def test_a_loader_whose_sampler_has_no_length_is_told_where_one_is_missing() -> None:
+@pytest.mark.parametrize("call", ["fit", "validate"])
+def test_a_loader_whose_sampler_has_no_length_is_told_where_one_is_missing(call: str) -> None:
     class Endless(Sampler[int]):
         def __iter__(self) -> Any:
             while True:
                 yield 0
 
     with pytest.raises(ConfigurationError, match=r"The loader has no length: its sampler \(Endless\) has no __len__"):
-        tiny_trainer().fit(Sums(), DataLoader(Numbers(4), sampler=Endless()))
+        getattr(tiny_trainer(), call)(Evaluates(), DataLoader(Numbers(4), sampler=Endless()))
 
 
 class Stream(IterableDataset[int]):
@@ -375,6 +376,17 @@ class ByHand(Regression):
 def test_what_manual_optimization_does_itself_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         tiny_trainer(**arguments).fit(ByHand(), loader(4))
+
+
+@pytest.mark.parametrize("said", [None, -1.0, float("nan"), torch.ones(2)], ids=str)
+@pytest.mark.parametrize("make", [loader, lambda count: list(loader(count))], ids=["map", "stream"])
+def test_a_loss_weight_that_is_no_number_of_items_is_refused(make: Any, said: Any) -> None:
+    class Weighs(Regression):
+        def loss_weight(self, batch: Any) -> Any:
+            return said
+
+    with pytest.raises(ConfigurationError, match=r"loss_weight returned .* is 0 or more"):
+        tiny_trainer().fit(Weighs(), make(4))
 
 
 def test_a_loss_weight_under_manual_optimization_is_refused() -> None:

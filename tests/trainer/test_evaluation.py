@@ -431,6 +431,7 @@ def test_results_are_printed_unless_verbose_is_false(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == ""
 
 
-def test_a_loader_with_no_batch_gives_no_metrics() -> None:
-    assert tiny_trainer().validate(Sees(), numbers(0), verbose=False) == []
+def test_a_loader_with_no_batch_gives_a_warning_and_no_metrics() -> None:
+    with pytest.warns(UserWarning, match="has no batch: nothing of it is evaluated"):
+        assert tiny_trainer().validate(Sees(), numbers(0), verbose=False) == []
     assert tiny_trainer().predict(Sees(), numbers(0)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -147,6 +148,27 @@ def fit_alike(kind: type[Dataset[Any]]) -> int:
 @pytest.mark.parametrize("kind", [Augmented, Stubborn])
 def test_samples_that_are_drawn_or_cannot_be_written_are_not_compared(kind: type[Dataset[Any]]) -> None:
     assert run_ranks(fit_alike, 2, kind) == [3, 3]
+
+
+class OpensItsFile(Numbers):
+    """As data sets over one large file do: opened at the first sample, so that each worker has a handle of its own."""
+
+    opened_by: int | None = None
+
+    def __getitem__(self, index: int) -> Any:
+        self.opened_by = self.opened_by or os.getpid()
+        assert self.opened_by == os.getpid(), "a worker reads through the handle of its parent"
+        return index
+
+
+def fit_from_a_file() -> int:
+    trainer = tiny_trainer(strategy="ddp")
+    trainer.fit(Sums(), DataLoader(OpensItsFile(6), batch_size=1, num_workers=1))
+    return trainer.global_step
+
+
+def test_a_file_that_workers_open_is_not_opened_before_them() -> None:
+    assert run_ranks(fit_from_a_file, 2) == [3, 3]
 
 
 def test_a_fingerprint_reads_a_few_samples_and_draws_nothing() -> None:

@@ -492,3 +492,16 @@ def test_on_another_number_of_ranks_the_same_windows_follow(tmp_path: Path) -> N
     left = sorted(i for batch in whole[0]["ids"][4:12] for i in batch)
     first_epoch = [rank["ids"][:4] for rank in again]
     assert sorted(i for rank in first_epoch for batch in rank for i in batch) == left
+
+
+def fit_what_nobody_deals() -> int:
+    trainer = tiny_trainer(strategy="ddp")
+    trainer.fit(Draws(), (torch.zeros(2) for _ in range(3)))
+    return trainer.global_step
+
+
+def test_an_iterable_that_nobody_deals_is_read_by_every_rank_with_one_warning() -> None:
+    results = run_ranks(fit_what_nobody_deals, 2)
+    assert results == [3, 3]
+    warned = ["Every rank reads the training loader (generator) as it comes" in output for output in results.outputs]
+    assert warned == [True, False]

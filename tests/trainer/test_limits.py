@@ -249,7 +249,8 @@ def test_reload_dataloaders_every_n_epochs_makes_new_loaders() -> None:
 
 def test_an_empty_loader_ends_training_with_a_warning() -> None:
     trainer = tiny_trainer(max_epochs=5)
-    trainer.fit(Evaluated(), numbers(0))
+    with pytest.warns(UserWarning, match="Nothing is trained: the training loader"):
+        trainer.fit(Evaluated(), numbers(0))
     assert trainer.global_step == 0
 
 

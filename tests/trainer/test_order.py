@@ -173,13 +173,14 @@ class DrawsByItself(Sampler[int]):
         )
 
 
-def fit_draws_by_itself() -> None:
-    recorded(lambda: numbers(COUNT, sampler=DrawsByItself()), {})
+def draw_by_itself(call: str) -> None:
+    getattr(tiny_trainer(strategy="ddp"), call)(Records(), numbers(COUNT, sampler=DrawsByItself()))
 
 
-def test_a_sampler_that_draws_otherwise_on_each_rank_is_refused_on_every_rank() -> None:
+@pytest.mark.parametrize("call", ["fit", "validate"])
+def test_a_sampler_that_draws_otherwise_on_each_rank_is_refused_on_every_rank(call: str) -> None:
     with pytest.raises(RanksFailed) as failed:
-        run_ranks(fit_draws_by_itself, 3)
+        run_ranks(draw_by_itself, 3, call)
     messages = [error.message for error in failed.value.errors.values()]
     assert len(messages) == 3
     for message in messages:

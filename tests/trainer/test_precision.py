@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import paceline as pl
+from paceline.trainer.prefetch import move
 
 from helpers.tiny import Regression, adam, assert_same, by_hand, global_batches, loader, tiny_trainer, weights
 
@@ -58,6 +61,35 @@ def test_every_step_computes_in_its_precision(precision: str) -> None:
     assert torch.get_default_dtype() == torch.float32
     assert not torch.is_autocast_enabled("cpu")
     assert trainer.precision == precision
+
+
+class Sample(NamedTuple):
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass
+class Sampled:
+    inputs: Tensor
+    targets: Tensor
+
+
+@pytest.mark.parametrize("form", [dict, OrderedDict, UserDict])
+def test_a_batch_that_is_like_a_dict_is_cast_and_moved_into_another(form: Any) -> None:
+    batch = form(inputs=torch.zeros(2), rest=form(targets=torch.ones(2), names=["a", "b"]))
+    moved = move(batch, torch.device("meta"), torch.float64)
+    assert type(moved) is type(moved["rest"]) is form
+    assert moved["rest"]["names"] == ["a", "b"]
+    for tensor in (moved["inputs"], moved["rest"]["targets"]):
+        assert (tensor.device.type, tensor.dtype) == ("meta", torch.float64)
+    assert batch["inputs"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", [Sample, Sampled])
+def test_a_batch_with_named_fields_is_cast_and_moved_into_another(form: Any) -> None:
+    moved = move(form(torch.zeros(2), torch.ones(2)), torch.device("meta"), torch.float64)
+    assert type(moved) is form
+    assert all((part.device.type, part.dtype) == ("meta", torch.float64) for part in (moved.inputs, moved.targets))
 
 
 def test_64_true_gives_the_weights_of_a_double_precision_loop() -> None:
