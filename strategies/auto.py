@@ -115,6 +115,9 @@ def _device_indices(
 ) -> list[int]:
     if isinstance(devices, str) and devices != "auto":
         devices = _parse_devices(devices)
+    tasks = cluster.local_world_size if cluster is not None and cluster.found_by != "torchrun" else 0
+    if tasks and available == 1 and devices in ("auto", -1, tasks):
+        return [0] * tasks  # `srun --gpus-per-task=1` shows each task a device of its own, as number 0
     if devices == "auto" or devices == -1:
         if cluster is not None:
             if available is not None and cluster.local_world_size > available:

@@ -57,7 +57,7 @@ class Place:
         return f"{self.kind} {self.index} (host {socket.gethostname()})"
 
 
-def meet_ranks(cluster: Cluster, environment: Mapping[str, str]) -> Store | None:
+def meet_ranks(cluster: Cluster, environment: Mapping[str, str], **alike: object) -> Store | None:
     """`meet` for the ranks of a job, where torch's variables in `environment` say; None for one rank alone."""
     if cluster.world_size == 1 or torch.distributed.is_initialized():
         return None
@@ -76,7 +76,7 @@ def meet_ranks(cluster: Cluster, environment: Mapping[str, str]) -> Store | None
     store, opened = _reach(place)
     with closing(socket.socket()) as listener:
         network = _network(place, listener) if cluster.num_nodes > 1 else {}
-        listening = _agreed(store, place, "facts", _facts(place) | network, _judge_facts)
+        listening = _agreed(store, place, "facts", _facts(place, **alike) | network, _judge_facts)
         if any(listening):
             _agreed(store, place, "links", _link(place, listening), _judge_links)
     return opened or store

@@ -300,7 +300,11 @@ class Trainer(TrainerProperties):
             if chosen.strategy is not self.strategy:
                 self._use(chosen)
             self._choice = chosen
-        held = meet_ranks(self._cluster, os.environ | rendezvous_environment(self._cluster)) if self._cluster else None
+        held = None
+        if self._cluster is not None:
+            environment = os.environ | rendezvous_environment(self._cluster)
+            alike = {"strategy": self.strategy.name, "precision": self.precision_policy.name}
+            held = meet_ranks(self._cluster, environment, **alike)
         self.strategy.connect(self._cluster)
         del held  # the store in which the ranks met, until torch has opened its own there
         for channel in ("control", "metrics", "data", "checkpoint"):  # made together: making one is a collective

@@ -57,6 +57,16 @@ def test_the_spellings_of_devices(monkeypatch: pytest.MonkeyPatch, devices: Any,
     assert chosen.strategy.distributed == (len(indices) > 1)
 
 
+@pytest.mark.parametrize("devices", ["auto", -1, 2, "2"])
+def test_srun_may_show_each_rank_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, devices: Any) -> None:
+    machine_with(monkeypatch, "cuda", 1)
+    chosen = choice(devices=devices, cluster=TWO_NODES)
+    assert (chosen.ranks_here, chosen.num_nodes) == (2, 2)
+    assert chosen.device_of(1) == torch.device("cuda", 0)
+    with pytest.raises(ConfigurationError, match="has 1 cuda device"):
+        choice(devices=devices, cluster=TWO_RANKS)
+
+
 @pytest.mark.parametrize(("devices", "ranks"), [("auto", 1), (-1, 1), (1, 1), (3, 3), ("2", 2), ("0,1", 2)])
 def test_any_number_of_ranks_may_share_the_cpu(devices: Any, ranks: int) -> None:
     chosen = choice(accelerator="cpu", devices=devices)

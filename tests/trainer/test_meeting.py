@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import socket
 import sys
 import time
@@ -12,14 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from paceline.errors import LaunchError
 from paceline.strategies.cluster import find_cluster
 from paceline.trainer import meeting
 
-from helpers.ranks import run_ranks
+from helpers.ranks import RanksFailed, run_ranks
 from helpers.scripts import start_command
+from helpers.tiny import Regression, loader, tiny_trainer
 
 PACELINE = ("python", "-m", "paceline.trainer.cli")
 
@@ -123,6 +126,20 @@ def test_unlike_versions_are_named_on_every_rank() -> None:
     found = errors(None, {1: {"__version__": "0.0.1"}})
     assert all(error.startswith("The ranks do not have the same paceline: most have ") for error in found)
     assert all(") has 0.0.1. Install and give the same on every node." in error for error in found)
+
+
+def fits_as(strategies: list[str]) -> None:
+    tiny_trainer(strategy=strategies[int(os.environ["RANK"])]).fit(Regression(), loader(8))
+
+
+def test_unlike_strategies_are_named_on_every_rank() -> None:
+    """As where "auto" found another amount of memory on another node."""
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(fits_as, 3, ["ddp", "ddp", "fsdp"])
+    for error in failed.value.errors.values():
+        assert re.match(
+            r"The ranks do not have the same strategy: most have DDP, rank 2 \(host .*\) has FSDP\.", error.message
+        )
 
 
 def test_unlike_code_is_named_on_every_rank(tmp_path: Path) -> None:
