@@ -130,7 +130,7 @@ class SignalsSometime(Callback):
     def __init__(self, seed: int, ranks: int) -> None:
         chance = random.Random(seed)
         self.rank, self.number = chance.randrange(ranks), chance.choice([signal.SIGTERM, signal.SIGUSR1])
-        self.timer = threading.Timer(chance.uniform(0, 0.6), os.kill, (os.getpid(), self.number))
+        self.timer = threading.Timer(chance.uniform(0, 0.1), os.kill, (os.getpid(), self.number))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.Module) -> None:
         if trainer.global_rank == self.rank:

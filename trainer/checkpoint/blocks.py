@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import IO
 
 from ...errors import CheckpointError
-from .storage import Storage
+from .storage import Storage, reading
 
 BLOCK_BYTES = 16 * 2**20
 _WORTH_A_THREAD_BYTES = 2**18
@@ -70,11 +70,9 @@ class BlockReader:
         self._scratch = bytearray()  # the last block that was read only in part
         self._scratch_block = -1
         self._position = 0
-        try:
+        with reading(path):
             self._file: IO[bytes] = storage.open(path)
             self.size = self._file.seek(0, os.SEEK_END)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {_cause(error)}.") from error
         self._position = self.size
         if record is not None and self.size != record.size:
             self._file.close()
@@ -138,7 +136,7 @@ class BlockReader:
             )
 
     def _fill(self, view: memoryview, start: int) -> None:
-        try:
+        with reading(self.path):
             if self._position != start:
                 self._file.seek(start)
             done = 0
@@ -147,8 +145,6 @@ class BlockReader:
                 if not count:
                     raise CheckpointError(f"{self.path} ends at byte {start + done}: it was cut while being read.")
                 done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {_cause(error)}.") from error
         self._position = start + len(view)
 
 
@@ -162,7 +158,3 @@ def _cut(buffers: Iterable[memoryview], block_bytes: int) -> Iterator[memoryview
             yield buffer[done : done + count]
             done += count
             position += count
-
-
-def _cause(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ...errors import CheckpointError
 from .load import verify
 from .manifest import Manifest, manifest_in
-from .pointer import SUFFIX
+from .pointer import SUFFIX, resolve_pointer
 from .storage import storage_of
 
 
@@ -27,7 +27,7 @@ def find_newest(
     """The newest whole checkpoint in `folders`, and those passed over, each with the reason.
 
     Newest is the greatest `global_step`, then the latest manifest. With `deep` a checkpoint is read entirely before
-    it is called whole (`verify`). A folder that does not exist is empty.
+    it is called whole (`verify`). A folder that does not exist is empty; CheckpointError if one cannot be listed.
     """
     candidates, skipped = _candidates(folders)
     for path, _ in sorted(candidates, key=lambda found: (found[1].global_step, found[1].time), reverse=True):
@@ -46,14 +46,16 @@ def _candidates(folders: Iterable[str | os.PathLike[str]]) -> tuple[list[tuple[s
             names = storage.list(place)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except OSError as error:
-            skipped.append((place, f"the folder cannot be listed: {error.strerror or error}"))
-            continue
-        for name in sorted(names):
-            if not name.endswith(SUFFIX) or names[name] is not None:  # files are pointers, and checkpoints of others
-                continue
+        except OSError as error:  # a store that is gone for the moment is no reason to start afresh
+            raise CheckpointError(f"{place} cannot be listed: {error.strerror or error}.") from error
+        for name in sorted(name for name in names if name.endswith(SUFFIX)):
             path = storage.join(place, name)
             try:
+                if names[name] is not None:
+                    # Lists of object stores may lag: what a pointer names is there, listed or not.
+                    path = resolve_pointer(path)
+                    if storage.split(path)[1] in names:
+                        continue
                 candidates.append((path, manifest_in(storage, path)))
             except CheckpointError as error:
                 skipped.append((path, str(error)))

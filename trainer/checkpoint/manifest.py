@@ -23,7 +23,7 @@ from ...errors import CheckpointError, CheckpointNotFoundError
 from .blocks import BLOCK_BYTES, BlockReader, FileRecord
 from .encode import decode, encode
 from .pointer import resolve_pointer
-from .storage import Storage, storage_of
+from .storage import Storage, reading, storage_of
 from .strict_json import MANIFEST_LIMIT_BYTES, read_json, short, take, take_count, take_counts, write_json
 from .unfinished import is_temporary
 
@@ -111,14 +111,16 @@ def manifest_in(storage: Storage, folder: str) -> Manifest:
 
 
 def _existing(storage: Storage, folder: str, where: str) -> str:
-    if storage.is_file(where):
-        return where
-    if storage.is_file(folder):
+    with reading(where):
+        if storage.is_file(where):
+            return where
+        is_file, exists = storage.is_file(folder), storage.exists(folder)
+    if is_file:
         raise CheckpointError(
             f"{folder} is a file, and a checkpoint is a folder. The weights of a .ckpt, .pt or .safetensors file are "
             f"read by load_from_checkpoint."
         )
-    if storage.exists(folder):
+    if exists:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is no checkpoint, or a save that never finished.")
     raise CheckpointNotFoundError(f"{folder} does not exist.")
 

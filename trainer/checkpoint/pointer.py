@@ -10,7 +10,7 @@ import os
 
 from ...errors import CheckpointError
 from .blocks import BlockReader
-from .storage import storage_of
+from .storage import reading, storage_of
 from .strict_json import read_json, take, write_json
 from .unfinished import temporary_name
 
@@ -42,10 +42,11 @@ def write_pointer(path: str | os.PathLike[str], target: str | os.PathLike[str]) 
 def resolve_pointer(path: str | os.PathLike[str]) -> str:
     """The checkpoint that `path` means: what a pointer points to; with `.ckpt` added if only that exists."""
     storage, place = storage_of(path)
-    if not storage.exists(place) and storage.exists(place + SUFFIX):
-        place += SUFFIX
-    if not storage.is_file(place):
-        return place
+    with reading(place):
+        if not storage.exists(place) and storage.exists(place + SUFFIX):
+            place += SUFFIX
+        if not storage.is_file(place):
+            return place
     target = _target(place)
     return place if target is None else storage.join(storage.split(place)[0], target)
 

@@ -148,10 +148,12 @@ class Draft:
         """Write the manifest and make the folder a checkpoint; returns its path."""
         folder = self._folder
         assert folder is not None, "claim() comes first"
-        self._storage.create(self.path(MANIFEST), manifest)
         if isinstance(self._storage, Disk):
+            self._storage.create(self.path(MANIFEST), manifest)
             self._storage.sync(folder)
             folder = _rename_to_free_name(self._storage, folder, self._wanted)
+        else:
+            self._storage.replace(self.path(MANIFEST), manifest, "")  # a PUT that may be repeated: the folder is ours
         self._folder = None  # it is a checkpoint now, whatever fails below
         self._storage.sync(self._storage.split(folder)[0])
         return folder

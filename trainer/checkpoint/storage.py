@@ -11,11 +11,15 @@ Every change passes through `changing`, once for each file, each piece of a file
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, Protocol
+
+from ...errors import CheckpointError
 
 _SYNC_EVERY_BYTES = 64 * 2**20
 
@@ -65,6 +69,15 @@ class Storage(Protocol):
 
     def sync(self, folder: str) -> None:
         """Make the names in `folder` durable."""
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """An error of the storage as a CheckpointError that names the path and the cause."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or str(error) or type(error).__name__}.") from error
 
 
 def storage_of(path: str | os.PathLike[str]) -> tuple[Storage, str]:
@@ -177,6 +190,41 @@ class Disk:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _library_errors() -> Iterator[None]:
+    """What fsspec's libraries raise, when they have tried often enough, as the OSError that callers tell of."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+class _ObjectFile(io.RawIOBase):
+    """An open object."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    @_library_errors()
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    @_library_errors()
+    def readinto(self, buffer: Any) -> int:
+        return int(self._file.readinto(buffer))
+
+
 class ObjectStore:
     """Whatever fsspec reaches by a URL; folders are only prefixes of names there, and cannot be renamed."""
 
@@ -194,16 +242,19 @@ class ObjectStore:
         folder, _, name = path.rpartition("/")
         return folder, name
 
+    @_library_errors()
     def exists(self, path: str) -> bool:
         """See Storage."""
         self._fs.invalidate_cache()  # stores keep listings that other processes have made stale
         return bool(self._fs.exists(path))
 
+    @_library_errors()
     def is_file(self, path: str) -> bool:
         """See Storage."""
         self._fs.invalidate_cache()
         return bool(self._fs.isfile(path))
 
+    @_library_errors()
     def list(self, folder: str) -> dict[str, int | None]:
         """See Storage."""
         self._fs.invalidate_cache()
@@ -215,19 +266,26 @@ class ObjectStore:
             if name != place  # some tools leave an empty object in the place of a folder
         }
 
+    @_library_errors()
     def open(self, path: str) -> IO[bytes]:
         """See Storage; reads are large and in order, so that nothing is read ahead."""
-        file: IO[bytes] = self._fs.open(path, "rb", cache_type="none")
-        return file
+        return _ObjectFile(self._fs.open(path, "rb", cache_type="none"))  # type: ignore[return-value]
 
     def make_folder(self, path: str) -> None:
         """See Storage: nothing to do."""
 
+    @_library_errors()
     def create(self, path: str, data: bytes) -> None:
-        """See Storage; one PUT."""
+        """See Storage; one PUT. One that is repeated because its answer was lost finds itself: the file is there."""
         changing("put", path)
-        self._fs.pipe_file(path, data, mode="create")
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except OSError as error:  # stores tell a taken name in different ways
+            if self.exists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from error
+            raise
 
+    @_library_errors()
     def write(self, path: str, pieces: Iterable[memoryview]) -> None:
         """See Storage. A file cut off by an error may stay; nothing names it."""
         changing("create", path)
@@ -236,11 +294,13 @@ class ObjectStore:
                 changing("write", path)
                 file.write(piece)
 
+    @_library_errors()
     def replace(self, path: str, data: bytes, temporary: str) -> None:
         """See Storage; one PUT."""
         changing("put", path)
         self._fs.pipe_file(path, data)
 
+    @_library_errors()
     def remove(self, path: str) -> None:
         """See Storage; a folder ends with its last file."""
         changing("remove", path)

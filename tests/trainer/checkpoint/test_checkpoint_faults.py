@@ -259,10 +259,10 @@ def test_a_save_in_a_place_where_another_just_came_first_takes_the_next_name(
 def test_a_manifest_that_arrived_though_its_put_failed_is_taken_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = f"memory://bucket/{uuid.uuid4().hex}"
     save_step(folder, 1)
-    real = storage.ObjectStore.create
+    real = storage.ObjectStore.replace
 
-    def create(self: storage.ObjectStore, path: str, data: bytes) -> None:
-        real(self, path, data)
+    def replace(self: storage.ObjectStore, path: str, data: bytes, temporary: str) -> None:
+        real(self, path, data, temporary)
         if path.endswith("manifest.json"):
             raise TimeoutError("no answer")
 
@@ -276,7 +276,7 @@ def test_a_manifest_that_arrived_though_its_put_failed_is_taken_back_first(monke
                     raise ConnectionError("cut")
 
         with monkeypatch.context() as patch:
-            patch.setattr(storage.ObjectStore, "create", create)
+            patch.setattr(storage.ObjectStore, "replace", replace)
             patch.setattr(storage, "changing", fail_later)
             with pytest.raises(CheckpointError, match="no answer"):
                 save_step(folder, 2)

@@ -6,12 +6,15 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from paceline.errors import CheckpointError
 from paceline.trainer.checkpoint import find_newest, load, remove, resolve_pointer, save, storage, verify, write_pointer
+
+from helpers.cutting_proxy import CuttingProxy
 
 pytestmark = pytest.mark.slow
 
@@ -30,12 +33,21 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def proxy(server: str) -> Iterator[CuttingProxy]:
+    with CuttingProxy(int(server.rpartition(":")[2])) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     import fsspec
     import s3fs
 
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"key": "k", "secret": "s", "endpoint_url": server})
+    settings = {"key": "k", "secret": "s", "endpoint_url": proxy.url}
+    settings["config_kwargs"] = {"retries": {"max_attempts": 1}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)  # its own and botocore's: half a minute otherwise
     s3fs.S3FileSystem.clear_instance_cache()
     name = f"s3://b{uuid.uuid4().hex[:12]}"
     fsspec.filesystem("s3").mkdir(name)
@@ -86,3 +98,70 @@ def test_a_save_that_fails_at_any_request_leaves_the_older_checkpoint(
             break
         assert find_newest([bucket])[0] == first and verify(first) == []
     assert failures >= 4
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_connection_cut_once_costs_nothing_wherever_it_is_cut(
+    bucket: str, proxy: CuttingProxy, direction: Any
+) -> None:
+    cuts = 0
+    for step, after in enumerate(range(100, 20_000, 900), 1):
+        proxy.cut(direction, after, times=1)
+        saved = save_step(bucket, step)
+        found, _ = find_newest([bucket])
+        weight = load(saved).model["w"]
+        cuts += proxy.stop()
+        assert found == saved and torch.equal(weight, torch.full((1000,), float(step)))
+    assert cuts > 12
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_network_that_stays_broken_is_told_and_leaves_the_older_checkpoint(
+    bucket: str, proxy: CuttingProxy, direction: Any
+) -> None:
+    first = save_step(bucket, 1)
+    for after in (1, 2000, 5000):
+        for work in (lambda: save_step(bucket, 2), lambda: load(first).model, lambda: find_newest([bucket])):
+            proxy.cut(direction, after, times=10**6)
+            try:
+                work()
+            except CheckpointError as error:
+                assert bucket in str(error) and "Error" in str(error)
+            else:
+                assert after > 1
+            finally:
+                proxy.stop()
+        newest = find_newest([bucket])[0]
+        assert newest is not None and verify(newest) == []
+    assert verify(first) == []
+
+
+def test_what_is_missing_from_lists_for_a_while_is_found_all_the_same(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    folder = f"{bucket}/checkpoints"
+    first = save_step(folder, 1)
+    write_pointer(f"{folder}/last.ckpt", first)
+    second = save_step(folder, 2)
+    write_pointer(f"{folder}/last.ckpt", second)
+    hidden = "step=2.ckpt"
+    listed = s3fs.S3FileSystem._lsdir
+
+    async def lagging(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        entries = await listed(self, path, *args, **kwargs)
+        return [entry for entry in entries if hidden not in entry["name"]]
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_lsdir", lagging)
+    assert find_newest([folder]) == (second, [])
+    assert torch.equal(load(second).model["w"], torch.full((1000,), 2.0))
+    assert save_step(folder, 2) == second.replace(".ckpt", "-v1.ckpt")
+    assert verify(second) == []
+    hidden = "model.safetensors"
+    assert find_newest([folder]) == (second.replace(".ckpt", "-v1.ckpt"), [])
+    remove(first)
+    hidden = "nothing"
+    assert find_newest([folder])[0] == second.replace(".ckpt", "-v1.ckpt")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(first)
