@@ -77,7 +77,8 @@ def reading(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or str(error) or type(error).__name__}.") from error
+        cause = error.strerror or str(error) or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read: {cause}.") from error
 
 
 def storage_of(path: str | os.PathLike[str]) -> tuple[Storage, str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import paceline as pl
 from paceline.trainer.checkpoint import load, save
 from paceline.trainer.cli import main
 
@@ -94,6 +95,29 @@ def test_export_writes_what_from_pretrained_reads(runs: Path, tmp_path: Path, ca
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert main(["checkpoint", *map(str, words)]) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+def test_transformers_reads_what_export_wrote(kind: str, tmp_path: Path, capsys: Any) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    small = {
+        "BertModel": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+        "GPT2LMHeadModel": {"n_embd": 16, "n_layer": 2, "n_head": 2},  # its head is tied to its embedding
+        "T5ForConditionalGeneration": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+    }
+    model_class = getattr(transformers, kind)
+    model = model_class(model_class.config_class(vocab_size=50, **small[kind])).eval()
+    module = pl.Module()
+    module.model = model
+    path = save(tmp_path / "a.ckpt", model=module.state_dict(), meta={"global_step": 1, "epoch": 0})
+    model.config.to_json_file(tmp_path / "config.json")
+    words = ["export", path, tmp_path / "out", "--prefix", "model.", "--config", tmp_path / "config.json"]
+    said(capsys, *words)
+    read, told = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values())
+    assert read.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor), name
 
 
 def test_import_reads_a_lightning_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
