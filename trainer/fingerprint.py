@@ -19,14 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..errors import ConfigurationError
 from .iterables import deals_by_rank
 from .loaders import IndexBatches, can_be_taken_over, length_of
-from .rank_zero import rank_zero_warn
 from .rng import isolated, place_kept, seed_generators
 from .signals import WorkerStart
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
-
-_SAMPLE = "sample "
 
 
 def fingerprint(loader: Any) -> dict[str, Any]:
@@ -50,7 +47,7 @@ def _content(dataset: Any, loader: Any = None) -> dict[str, Any]:
     facts: dict[str, Any] = {"data set": type(dataset).__qualname__, "length": length}
     if length:
         indices = sorted({0, length // 2, length - 1})
-        facts |= zip((f"{_SAMPLE}{index}" for index in indices), _digests(dataset, indices, loader), strict=True)
+        facts |= zip((f"sample {index}" for index in indices), _digests(dataset, indices, loader), strict=True)
     return facts
 
 
@@ -105,28 +102,23 @@ class _Writer(pickle.Pickler):
 
 
 def check_alike(stage: str, loaders: Sequence[Any], strategy: Strategy) -> None:
-    """Compare the data of all ranks; a collective. Other samples are a warning, anything else a ConfigurationError."""
+    """ConfigurationError on every rank when the data of one differs from rank 0's; a collective."""
     if strategy.world_size == 1:
         return
     leaves = [leaf for loader in loaders for leaf in (getattr(loader, "flattened", None) or [loader])]
     found = strategy.all_gather_object([fingerprint(getattr(leaf, "planned", leaf)) for leaf in leaves])
     for rank, theirs in enumerate(found):
         if len(theirs) != len(found[0]):
-            raise ConfigurationError(_difference(stage, rank, "number of loaders", len(theirs), len(found[0])))
+            _refuse(stage, rank, "number of loaders", len(theirs), len(found[0]))
         for expected, facts in zip(found[0], theirs, strict=True):
             for name, value in expected.items():
-                if name in facts and (facts[name] == value or None in (facts[name], value)):
-                    continue
-                difference = _difference(stage, rank, name, facts.get(name), value)
-                if not name.startswith(_SAMPLE):
-                    raise ConfigurationError(difference)
-                rank_zero_warn(f"{difference} Data drawn or split at random needs seed_everything() before.")
-                return
+                if name not in facts or (facts[name] != value and None not in (facts[name], value)):
+                    _refuse(stage, rank, name, facts.get(name), value)
 
 
-def _difference(stage: str, rank: int, name: str, found: Any, expected: Any) -> str:
-    return (
+def _refuse(stage: str, rank: int, name: str, found: Any, expected: Any) -> None:
+    raise ConfigurationError(
         f"The {stage} data of rank {rank} is not that of rank 0: {name} {found!r}, expected {expected!r}. Every rank "
-        "should make the same data set; the trainer deals it. To shard it yourself, use "
-        "Trainer(use_distributed_sampler=False)."
+        "must make the same data set, and the trainer deals it: call seed_everything() before data is drawn or split "
+        "at random. To shard it yourself, use Trainer(use_distributed_sampler=False)."
     )

@@ -74,14 +74,14 @@ def test_rates_of_training_leave_validation_out() -> None:
 def test_the_window_forgets_what_was_long_ago() -> None:
     class Speeding(Slow):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            time.sleep(0.0 if batch_idx > 4 else 0.03)
+            time.sleep(0.0 if batch_idx > 4 else 0.1)
             return Regression.training_step(self, batch, batch_idx)
 
     logged: dict[int, Any] = {}
     note = LambdaCallback(on_log=lambda t, m, metrics, step: logged.setdefault(step, dict(metrics)))
     trainer = tiny_trainer(callbacks=[ThroughputMonitor(window_size=2), note], log_every_n_steps=1)
     trainer.fit(Speeding(), loader(16))
-    assert logged[8]["train/device/batches_per_sec"] > 100 > 34 > logged[5]["train/device/batches_per_sec"]
+    assert logged[8]["train/device/batches_per_sec"] > 10 > logged[5]["train/device/batches_per_sec"]
 
 
 def test_accumulated_batches_are_counted_one_by_one() -> None:
