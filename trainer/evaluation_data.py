@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ from .loaders import (
 )
 from .plan import evaluation_batches, permutation
 from .rank_zero import rank_zero_warn
-from .rng import Place
+from .rng import Place, isolated
 
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
@@ -101,7 +101,10 @@ class EvaluationData:
         batches = (
             (b for b, _, _ in self.user_loader) if isinstance(self.user_loader, CombinedLoader) else self.user_loader
         )
-        wanted = islice(batches, None if count == math.inf else int(count))
+        with isolated(self._seed):  # all ranks read all of it: a stream that shuffles itself must do so alike
+            iterator = iter(batches)
+            first = list(islice(iterator, 1 if count else 0))
+        wanted = islice(chain(first, iterator), None if count == math.inf else int(count))
         if not self._whole:
             return self._dealt(wanted)
         own = (EvaluationBatch(index, batch, batch_size_of(batch) or 1) for index, batch in enumerate(wanted))

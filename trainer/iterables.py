@@ -2,6 +2,9 @@
 
 Item i of a stream belongs to shard i mod n, with ranks × workers shards. Whether a data set shards itself is read off
 the names that its code uses: who asks for the worker's or the rank's number does so to take a share.
+
+Every shard reads the whole stream, so one that shuffles itself must shuffle alike in all of them: what it draws as it
+begins comes from a stream of random numbers that all have in common.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .combined import CombinedLoader
 from .loaders import has_state, length_of, names_used
+from .plan import mix_seed
 from .rank_zero import rank_zero_info
-from .rng import Place, arrive_at
+from .rng import Place, arrive_at, seed_generators
 from .signals import WorkerStart
 
 _BY_WORKER = {"get_worker_info", "worker_info", "num_workers", "worker_id"}
@@ -50,13 +54,15 @@ class ShardedDataset(IterableDataset[Any]):
 
     def __init__(self, dataset: IterableDataset[Any], rank: int, ranks: int, by_worker: bool) -> None:
         self.__dict__.update(_dataset=dataset, _rank=rank, _ranks=ranks, _by_worker=by_worker)
-        self.__dict__.update(_found=None, _share=None)
+        self.__dict__.update(_found=None, _share=None, _begun=0)
 
     def __iter__(self) -> Iterator[Any]:
         shard, shards = self._rank, self._ranks
         worker = get_worker_info() if self._by_worker else None
         if worker is not None:
             shard, shards = shard * worker.num_workers + worker.id, shards * worker.num_workers
+            self.__dict__["_begun"] += 1  # persistent workers begin more than once
+            seed_generators(mix_seed(worker.seed - worker.id, self._begun))  # not its own, but that of all workers
         skip, ended = self._found or (shard, False)
         items = iter(()) if ended else iter(self._dataset)
         share = (_StatefulShare if has_state(items) else _Share)(items, skip, shards, ended)
@@ -70,11 +76,6 @@ class ShardedDataset(IterableDataset[Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._dataset, name, value)
-
-    @property
-    def by_rank(self) -> bool:
-        """Whether it is dealt over the ranks here."""
-        return bool(self._ranks > 1)
 
     def __len__(self) -> int:
         return _share_of(len(self._dataset), self._rank, self._ranks)
@@ -154,6 +155,12 @@ def sharded(loader: Any, rank: int, ranks: int) -> Any:
     kind = StatefulShardedDataset if has_state(dataset) else ShardedDataset
     twin.__dict__["dataset"] = kind(dataset, *((rank, ranks) if by_rank else (0, 1)), by_worker)
     return twin
+
+
+def is_dealt_over_ranks(loader: Any) -> bool:
+    """True for a loader that `sharded` returned and whose items it deals over several ranks."""
+    dataset = getattr(loader, "dataset", None)
+    return isinstance(dataset, ShardedDataset) and bool(dataset._ranks > 1)
 
 
 def deals_by_rank(loader: Any) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ConfigurationError
 from .combined import CombinedLoader
-from .iterables import ShardedDataset, begin_stream, length_of_stream, sharded
+from .iterables import begin_stream, is_dealt_over_ranks, length_of_stream, sharded
 from .loaders import batch_size_of, length_of, let_go, resolve_limit, set_epoch
 from .plan import mix_seed
 from .positions import Position
@@ -85,8 +85,7 @@ class StreamedData:
         if isinstance(self.loader, CombinedLoader):
             exact = all(length_of_stream(leaf) == length_of(leaf) for leaf in self._leaves)
             return length_of(self.loader) if ranks == 1 and exact else None
-        dataset = getattr(self.loader, "dataset", None)
-        if ranks == 1 or (isinstance(dataset, ShardedDataset) and dataset.by_rank):
+        if ranks == 1 or is_dealt_over_ranks(self.loader):
             return length_of_stream(self.loader, self._drop_last)
         return None
 
@@ -141,7 +140,8 @@ class StreamedData:
         self.set_epoch(epoch)
         for leaf in self._leaves:
             begin_stream(leaf, Place(settings.seed, epoch, 0))
-        with isolated(mix_seed(settings.seed, _STREAM, epoch, self._strategy.data_rank)):
+        alike = any(is_dealt_over_ranks(leaf) for leaf in self._leaves)  # each rank reads all of it
+        with isolated(mix_seed(settings.seed, _STREAM, epoch, 0 if alike else self._strategy.data_rank)):
             # What loaders draw as they begin comes from this stream: a resumed epoch begins as it did before.
             batches, last = self._begin(first_batch)
             first = list(islice(batches, 1))

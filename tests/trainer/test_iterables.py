@@ -6,6 +6,7 @@ the run that was never interrupted.
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,26 @@ class ByRank(Stream):
         return iter(range(100 * self.rank, 100 * self.rank + self.count))
 
 
-STREAMS: dict[str, type[Stream]] = {"no length": Stream, "sized": Sized, "deals to workers itself": ByWorker}
+class Shuffles(Stream):
+    """In another order each time, drawn as it begins."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from random.sample(range(self.count), self.count)
+
+
+class ShufflesByWorker(ByWorker):
+    def __iter__(self) -> Iterator[int]:
+        items = torch.tensor(list(super().__iter__()))
+        return iter(items[torch.randperm(len(items))].tolist())
+
+
+STREAMS: dict[str, type[Stream]] = {
+    "no length": Stream,
+    "sized": Sized,
+    "deals to workers itself": ByWorker,
+    "shuffles itself": Shuffles,
+    "shuffles itself for a worker": ShufflesByWorker,
+}
 
 
 # --- dealing ----------------------------------------------------------------------------------------------------------
