@@ -40,8 +40,12 @@ class DeviceStatsMonitor(Callback):
         stats = {} if device.type == "cpu" else device_stats(device)
         if self._psutil is not None:
             stats |= cpu_stats(self._psutil)
-        for name, value in stats.items():
-            self.log(f"{type(self).__name__}.{hook}/{name}", value, batch_size=1, reduce_fx="max")
+        named = {f"{type(self).__name__}.{hook}/{name}": value for name, value in stats.items()}
+        if trainer.state.fn == "fit":
+            self.log_dict(named, batch_size=1, reduce_fx="max")
+            return
+        for logger in trainer.loggers:  # these are no results of validate() and test()
+            logger.log_metrics(named, trainer.global_step)
 
     def _is_due(self, trainer: Trainer) -> bool:
         step = trainer.global_step + 1  # the update that this batch belongs to
@@ -77,7 +81,7 @@ class DeviceStatsMonitor(Callback):
         self._log_evaluation(trainer, "on_test_batch_end", batch_idx)
 
     def _log_evaluation(self, trainer: Trainer, hook: str, batch_idx: int) -> None:
-        """The largest of an evaluation: of every rank's first batch, and of some later ones."""
+        """Of every rank's first batch, and of some later ones: inside `fit` the largest, else those of rank 0."""
         number = batch_idx // trainer.world_size
         if number % trainer.log_every_n_steps == 0 and not trainer.sanity_checking:
             self._log(trainer, hook)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,13 @@ def test_the_cpu_is_logged_at_logged_steps_where_it_is_the_device() -> None:
             assert all(0 <= metrics[f"DeviceStatsMonitor.on_train_batch_{hook}/{name}"] <= 100 for name in CPU)
     (evaluated,) = [m for _, m in logged if "DeviceStatsMonitor.on_validation_batch_end/cpu_vm_percent" in m]
     assert evaluated["DeviceStatsMonitor.on_validation_batch_start/cpu_vm_percent"] > 0
+
+
+def test_evaluations_of_their_own_write_to_the_loggers_and_have_it_not_among_their_results() -> None:
+    trainer = tiny_trainer(callbacks=[DeviceStatsMonitor()], logger=CSVLogger("logs", "net"), max_epochs=1)
+    assert trainer.test(Net(), loader(4), verbose=False) == [{}]
+    trainer.logger.save()
+    assert "DeviceStatsMonitor.on_test_batch_end/cpu_percent" in Path("logs/net/version_0/metrics.csv").read_text()
 
 
 def test_a_subclass_logs_under_its_own_name() -> None:
