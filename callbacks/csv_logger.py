@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from ..trainer.rank_zero import rank_zero_only
 from .cut_on_resume import CutOnResume
 from .folder_logger import FolderLogger
 from .log_file import LogFile, join, open_log_file, write_text
-from .log_values import add_prefix, hparams_dict, jsonable, plain_number
+from .log_values import add_prefix, as_yaml, hparams_dict, plain_number
 from .logger import rank_zero_experiment
 
 
@@ -107,7 +106,7 @@ class CSVWriter:
     def log_hparams(self, params: Mapping[str, Any]) -> None:
         """Write `hparams.yaml` anew, with `params` added."""
         self.hparams.update(params)
-        write_text(join(self.log_dir, "hparams.yaml"), json.dumps(jsonable(self.hparams), indent=2) + "\n")
+        write_text(join(self.log_dir, "hparams.yaml"), as_yaml(self.hparams))
 
     def flush(self) -> None:
         """Hand the rows that wait to the system."""

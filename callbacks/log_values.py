@@ -60,6 +60,14 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
+def as_yaml(hparams: Mapping[str, Any]) -> str:
+    """The text of a `hparams.yaml`, which `load_from_checkpoint(hparams_file=)` reads."""
+    import yaml  # type: ignore[import-untyped]
+
+    text: str = yaml.safe_dump(jsonable(hparams), sort_keys=False, allow_unicode=True)
+    return text
+
+
 def non_finite(value: float) -> str:
     """The word for a float that JSON has no number for."""
     if math.isnan(value):

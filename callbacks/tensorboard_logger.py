@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from ..errors import ConfigurationError
 from ..trainer.rank_zero import rank_zero_only, rank_zero_warn
 from .folder_logger import FolderLogger
 from .log_file import join, write_text
-from .log_values import add_prefix, flatten, hparams_dict, jsonable, plain_number
+from .log_values import add_prefix, as_yaml, flatten, hparams_dict, plain_number
 from .logger import rank_zero_experiment
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class TensorBoardLogger(FolderLogger):
         Without `metrics` the number is `hp_metric`, -1 until you log it, unless `default_hp_metric=False`.
         """
         self.hparams |= hparams_dict(params)
-        write_text(join(self.log_dir, "hparams.yaml"), json.dumps(jsonable(self.hparams), indent=2) + "\n")
+        write_text(join(self.log_dir, "hparams.yaml"), as_yaml(self.hparams))
         if metrics is None:
             metrics = {"hp_metric": -1} if self._default_hp_metric else {}
         elif not isinstance(metrics, Mapping):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import uuid
 from pathlib import Path
 
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 
 from paceline.callbacks.csv_logger import CSVLogger
 from paceline.callbacks.log_file import read_text
@@ -111,7 +111,7 @@ def test_it_writes_to_a_store(tmp_path: Path) -> None:
     logger.log_hyperparams({"lr": 0.1})
     logger.finalize("success")
     assert len(rows(logger)) == 1
-    assert json.loads(read_text(f"{logger.log_dir}/hparams.yaml") or "") == {"lr": 0.1}
+    assert yaml.safe_load(read_text(f"{logger.log_dir}/hparams.yaml") or "") == {"lr": 0.1}
 
 
 def test_the_experiment_is_the_writer(tmp_path: Path) -> None:

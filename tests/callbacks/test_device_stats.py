@@ -68,12 +68,6 @@ def test_nothing_is_logged_of_a_cpu_that_is_not_wanted() -> None:
     )
 
 
-def test_tests_are_watched_too() -> None:
-    trainer = tiny_trainer(callbacks=[DeviceStatsMonitor()])
-    (results,) = trainer.test(Net(), loader(4), verbose=False)
-    assert "DeviceStatsMonitor.on_test_batch_end/cpu_percent" in results
-
-
 def test_what_cannot_be_logged_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match="no logger"):
         tiny_trainer(callbacks=[DeviceStatsMonitor()]).fit(Net(), loader(4))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 
 from paceline.callbacks.tensorboard_logger import TensorBoardLogger
 from paceline.errors import ConfigurationError
@@ -71,7 +71,7 @@ def test_hyper_parameters_stand_in_the_table_and_beside_it(tmp_path: Path) -> No
     logger.finalize("success")
     assert hparams_in(logger.log_dir) == {"lr": 0.1, "net/width": 4, "net/act": str(torch.nn.ReLU)}
     assert scalars(logger.log_dir)["hp_metric"] == [(0, -1.0)]
-    assert json.loads((Path(logger.log_dir) / "hparams.yaml").read_text())["net"]["width"] == 4
+    assert yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())["net"]["width"] == 4
 
 
 def test_hyper_parameters_with_numbers_of_their_own(tmp_path: Path) -> None:

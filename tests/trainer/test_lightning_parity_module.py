@@ -178,6 +178,20 @@ def test_a_module_may_say_that_it_loads_parts() -> None:
     assert Partial.load_from_checkpoint(path).more is not None
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("hparams.yaml", "samples: 9\nlr: 1.0e-05\n"), ("hparams.json", '{"samples": 9}')]
+)
+def test_hyper_parameters_may_come_from_a_file(name: str, text: str, tmp_path: Path) -> None:
+    class Needs(Layered):
+        def __init__(self, samples: int, lr: float = 1e-5) -> None:
+            super().__init__()
+            self.needs = samples, lr
+
+    path = saved(Needs(3))
+    (tmp_path / name).write_text(text)
+    assert Needs.load_from_checkpoint(path, hparams_file=tmp_path / name).needs == (9, 1e-5)
+
+
 def test_loading_on_an_object_is_refused_since_it_would_change_nothing() -> None:
     path = saved(Layered())
     with pytest.raises(TypeError, match=r"module = Layered\.load_from_checkpoint"):

@@ -55,5 +55,10 @@ def _from_file(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     if path is None:
         return {}
     with open(path, encoding="utf-8") as file:
-        held: dict[str, Any] = json.load(file)
+        if os.fspath(path).endswith(".json"):
+            held: dict[str, Any] = json.load(file)
+        else:
+            import yaml  # type: ignore[import-untyped]
+
+            held = yaml.safe_load(file)
     return held
