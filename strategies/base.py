@@ -112,7 +112,7 @@ class Strategy:
             self.node_rank = cluster.node_rank
 
     def connect(self, cluster: Cluster | None) -> None:
-        """Use the device and, in a job of several processes, join the others (torch's `env://` rendezvous)."""
+        """Use the device and, in a job of several processes, join the others."""
         if self.device.type != "cpu" and self.device.index is not None:
             torch.accelerator.set_device_index(self.device.index)
         if cluster is not None and self.world_size > 1:
@@ -333,7 +333,10 @@ def _join(device: torch.device, cluster: Cluster) -> None:
         "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     )
     try:
-        dist.init_process_group(backend)
+        if cluster.store is None:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=cluster.store, rank=cluster.rank, world_size=cluster.world_size)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {cluster.rank} of {cluster.world_size} (found by {cluster.found_by}) could not join the others at "

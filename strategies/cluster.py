@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import LaunchError
 
@@ -23,6 +24,8 @@ class Cluster:
     local_world_size: int
     node_rank: int
     found_by: str
+    store: Any = None
+    """Where the ranks have met already; None: torch's `env://` says."""
 
     @property
     def num_nodes(self) -> int:

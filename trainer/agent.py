@@ -69,7 +69,7 @@ def run_ranks(
         try:
             if num_nodes > 1:
                 place = Place("node", node_rank, num_nodes, master_addr, master_port, opens_store=node_rank == 0)
-                _held = meet(place, **{"--devices": devices, "--num-nodes": num_nodes})  # until the agent has its own
+                meet(place, **{"--devices": devices, "--num-nodes": num_nodes})
             spec = _spec(command, devices, num_nodes, node_rank, master_addr, master_port)
             console = _Console(_environment(devices, Path(folder)))
             agent = _Agent(spec, console, Path(folder), node_rank, num_nodes, grace_seconds)

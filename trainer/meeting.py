@@ -58,7 +58,11 @@ class Place:
 
 
 def meet_ranks(cluster: Cluster, environment: Mapping[str, str], **alike: object) -> Store | None:
-    """`meet` for the ranks of a job, where torch's variables in `environment` say; None for one rank alone."""
+    """`meet` for the ranks of a job, where torch's variables in `environment` say; None for one rank alone.
+
+    Returns a store for torch to connect with: one of this attempt, without what ranks left there that torchrun
+    restarted since, which gloo would take for living ones.
+    """
     if cluster.world_size == 1 or torch.distributed.is_initialized():
         return None
     if not environment["MASTER_PORT"].isdigit():
@@ -73,28 +77,29 @@ def meet_ranks(cluster: Cluster, environment: Mapping[str, str], **alike: object
         opens_store=cluster.rank == 0 and not by_launcher,
         speaks=cluster.local_rank == 0,
     )
-    store, opened = _reach(place)
+    store = _reach(place)
     with closing(socket.socket()) as listener:
         network = _network(place, listener) if cluster.num_nodes > 1 else {}
-        listening = _agreed(store, place, "facts", _facts(place, **alike) | network, _judge_facts)
+        attempt, listening = _agreed(store, place, "facts", _facts(place, **alike) | network, _judge_facts)
         if any(listening):
             _agreed(store, place, "links", _link(place, listening), _judge_links)
-    return opened or store
+    return PrefixStore(attempt, store)
 
 
-def meet(place: Place, **alike: object) -> Store:
-    """Wait for all others; returns the store, which must live until torch has opened its own.
+def meet(place: Place, **alike: object) -> None:
+    """Wait for all others; `alike` is what must be equal everywhere beside the software.
 
-    `alike` is what must be equal everywhere beside the software. Raises LaunchError, on every process that was reached.
+    Raises LaunchError, on every process that was reached.
     """
-    store, opened = _reach(place)
-    _agreed(store, place, "facts", _facts(place, **alike), _judge_facts)
-    return opened or store
+    _agreed(_reach(place), place, "facts", _facts(place, **alike), _judge_facts)
 
 
 # --- reaching the store -----------------------------------------------------------------------------------------------
-def _reach(place: Place) -> tuple[Store, Store | None]:
-    """The store through this process's connection, and the one that it opened itself, if it is the one to do so."""
+_opened: list[Store] = []  # the ends of connections: others reach them as long as this process lives
+
+
+def _reach(place: Place) -> Store:
+    """A connection to the store of process 0, which this process opens first if it is that one."""
     where = f"{place.address}:{place.port}"
     try:
         socket.getaddrinfo(place.address, place.port)
@@ -104,7 +109,8 @@ def _reach(place: Place) -> tuple[Store, Store | None]:
             f"Give {_ADDRESS[place.kind]} as a name or number that every node knows."
         ) from error
     try:
-        opened = _store("localhost", place.port, is_master=True) if place.opens_store else None
+        if place.opens_store:
+            _opened.append(_store("localhost", place.port, is_master=True))
     except RuntimeError as error:
         raise LaunchError(
             f"{place} cannot listen at port {place.port}, as another program of this host does. Choose a free one, "
@@ -125,7 +131,7 @@ def _reach(place: Place) -> tuple[Store, Store | None]:
             f"What answers {place} at {where} is not {place.kind} 0 of this job, but some other program. Choose a port "
             f"that is free on the host of {place.kind} 0, {_PORT[place.kind]}, and give it on every node."
         )
-    return reached[0], opened
+    return reached[0]
 
 
 def _store(address: str, port: int, is_master: bool = False) -> Store:
@@ -257,8 +263,8 @@ def _sources() -> Iterator[tuple[str, Path]]:
             yield f"module {name}", path
 
 
-def _judge_facts(place: Place, shares: list[Any]) -> list[Any]:
-    """Where each process listens; LaunchError for what is wrong."""
+def _judge_facts(place: Place, shares: list[Any]) -> tuple[str, list[Any]]:
+    """A name for this attempt, and where each process listens; LaunchError for what is wrong."""
     for share in shares:
         if "problem" in share:
             raise LaunchError(share["problem"])
@@ -271,7 +277,7 @@ def _judge_facts(place: Place, shares: list[Any]) -> list[Any]:
                 f"The {place.kind}s do not have the same {fact}: most have {usual}, {'; '.join(others[:4])}. Install "
                 "and give the same on every node."
             )
-    return [share.get("listens") for share in shares]
+    return shares[0]["token"], [share.get("listens") for share in shares]
 
 
 # --- network interfaces -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -300,13 +301,12 @@ class Trainer(TrainerProperties):
             if chosen.strategy is not self.strategy:
                 self._use(chosen)
             self._choice = chosen
-        held = None
-        if self._cluster is not None:
-            environment = os.environ | rendezvous_environment(self._cluster)
+        cluster = self._cluster
+        if cluster is not None:
             alike = {"strategy": self.strategy.name, "precision": self.precision_policy.name}
-            held = meet_ranks(self._cluster, environment, **alike)
-        self.strategy.connect(self._cluster)
-        del held  # the store in which the ranks met, until torch has opened its own there
+            store = meet_ranks(cluster, os.environ | rendezvous_environment(cluster), **alike)
+            cluster = replace(cluster, store=store)
+        self.strategy.connect(cluster)
         for channel in ("control", "metrics", "data", "checkpoint"):  # made together: making one is a collective
             self.strategy.channel(channel)
         self._connected = True

@@ -21,7 +21,7 @@ from paceline.strategies.cluster import find_cluster
 from paceline.trainer import meeting
 
 from helpers.ranks import RanksFailed, run_ranks
-from helpers.scripts import start_command
+from helpers.scripts import run_command, start_command
 from helpers.tiny import Regression, loader, tiny_trainer
 
 PACELINE = ("python", "-m", "paceline.trainer.cli")
@@ -55,13 +55,12 @@ def meets(port: int, changes: Mapping[int, Mapping[str, str]], replace: Mapping[
     started = time.monotonic()
     try:
         with replaced(**replace.get(rank, {})):
-            held = meeting.meet_ranks(cluster, os.environ)
+            store = meeting.meet_ranks(cluster, os.environ)
     except LaunchError as error:
         assert time.monotonic() - started < 8
         return str(error)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=cluster.world_size)
     dist.barrier()
-    del held
     return ""
 
 
@@ -177,3 +176,36 @@ def test_a_node_that_is_late_is_named_and_waited_for(tmp_path: Path) -> None:
     assert [result.returncode for result in results] == [1, 1]
     for result in results:
         assert "The nodes do not have the same --devices: most have 1, node 1 (host " in result.stderr
+
+
+RESTARTED = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from helpers.tiny import Regression, loader, tiny_trainer
+from paceline.callbacks import ModelCheckpoint
+
+attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
+
+class Fails(Regression):
+    def on_train_start(self):
+        print(f"rank {{rank}} begins at step {{self.trainer.global_step}}", flush=True)
+
+    def training_step(self, batch, batch_idx):
+        if attempt == 0 and self.trainer.global_step == 2 and rank == "1":
+            os._exit(3)
+        return super().training_step(batch, batch_idx)
+
+if rank == "0":
+    time.sleep(attempt)  # rank 1 comes first, and finds at the store what it left there
+saving = ModelCheckpoint(every_n_train_steps=1, async_save=False)
+tiny_trainer(strategy="ddp", callbacks=saving, enable_checkpointing=True).fit(Fails(), loader(8, 1))
+"""
+
+
+def test_ranks_that_torchrun_restarted_meet_anew_and_go_on(tmp_path: Path) -> None:
+    Path("train.py").write_text(RESTARTED.format(tests=str(Path(__file__).resolve().parents[1])))
+    torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
+    result = run_command(*torchrun, "--nproc-per-node=2", "--max-restarts=1", "train.py")
+    assert result.returncode == 0, result.stderr
+    begun = [f"rank {rank} begins at step {step}" for rank in range(2) for step in (0, 2)]
+    assert sorted(line for line in result.stdout.splitlines() if "begins" in line) == begun
