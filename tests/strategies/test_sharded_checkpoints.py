@@ -213,7 +213,7 @@ def test_statistics_of_rows_and_columns_move_between_numbers_of_ranks(tmp_path: 
     run_ranks(trained_by, 2, Factored, "fsdp", 6, max_epochs=1, save=two)
     straight = trained_by(Factored, None, 12, max_epochs=2)
     assert_same(trained_by(Factored, None, 12, max_epochs=2, resume=two), straight, TOLERANCE)
-    for path, ranks in ((one, 2), (two, 2), (two, 3)):
+    for path, ranks in ((one, 2), (two, 3)):
         found = run_ranks(trained_by, ranks, Factored, "fsdp", 12 // ranks, max_epochs=2, resume=path)
         assert_same(found[0], straight, TOLERANCE)
 
