@@ -4,8 +4,9 @@
     python benchmarks/checkpoint.py --gib 4.5 --device cuda
 
 Rows: copying the bytes in memory (into memory that is in use already), a plain write with fsync, torch.save with
-fsync, and our saves: the first (which also takes its memory), later ones, and `async_save=False`. Rounds go through
-all rows in turn; the best of each is printed, with its ratio to the copy (blocked) or to the plain write (durable).
+fsync, and our saves: the first (its memory was taken while training began), later ones, and `async_save=False`. Rounds
+go through all rows in turn; the best of each is printed, with its ratio to the copy (blocked) or to the plain write
+(durable).
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ def main() -> None:
         "ours": lambda: ours(wait=False),
         "ours, async_save=False": lambda: ours(wait=True),
     }
+    saver.reserve([(tensor.nbytes, tensor.is_cuda) for tensor in tensors])
+    time.sleep(2 + size / 1e9)  # training's first steps
     found: dict[str, list[tuple[float, float]]] = {"ours, the first save": [ours(wait=False)]}
     for _ in range(arguments.rounds):
         for name, way in ways.items():

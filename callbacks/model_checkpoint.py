@@ -146,6 +146,8 @@ class ModelCheckpoint(Callback):
         self._watch.start()
         if self._clock is not None:
             self._clock.start(trainer.global_step)
+        if self.async_save and self.save_top_k != 0:
+            trainer.reserve_memory_of_saves(self.save_weights_only)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._in_steps:

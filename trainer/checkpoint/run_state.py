@@ -15,6 +15,7 @@ from ... import __version__
 from ...errors import CheckpointError
 from ..rng import random_state, restore_random_state
 from ..state import Progress
+from .boxes import is_sharded
 from .load import load
 from .optimizer import load_optimizer_state_by_name, optimizer_state_by_name
 from .save import Prepared, prepare
@@ -55,6 +56,19 @@ def save_checkpoint(
     trainer.saver.start(os.fspath(path), prepared, follow_up, wait)
     outcome = trainer.saver.settle() if wait else None
     return os.fspath(path) if outcome is None else outcome.path
+
+
+def reserve_memory(trainer: Trainer, weights_only: bool) -> None:
+    """Begin to take the host memory that the first asynchronous save copies into; later ones use it again."""
+    if not (trainer.is_global_zero or trainer.strategy.sharded):
+        return
+    module = trainer.lightning_module
+    held = [*module.parameters(), *module.buffers()]
+    for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+        averages = 0 if weights_only else len(group.get("betas", ())) or bool(group.get("momentum"))
+        held += averages * group["params"]
+    local = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in held]
+    trainer.saver.reserve([(tensor.nbytes, tensor.is_cuda) for tensor in local])
 
 
 def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:

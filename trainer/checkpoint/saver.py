@@ -9,7 +9,7 @@ the next boundary, the next save or the end of `fit`, whichever comes first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ from .snapshot import Snapshot
 
 if TYPE_CHECKING:
     from ...strategies.base import Strategy
+
+_WORTH_RESERVING = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class Saver:
         """On rank 0: the save in flight has failed, and training must not go on as if it had not."""
         return self._outcome is not None and self._outcome.error is not None and not self._tolerates()
 
+    def reserve(self, sizes: Sequence[tuple[int, bool]]) -> None:
+        """Take the memory of the first copy in the background, for tensors of so many bytes, pinned or not."""
+        if self._snapshot is None and sum(size for size, _ in sizes) >= _WORTH_RESERVING:
+            self._snapshot = Snapshot()
+            self._thread = threading.Thread(target=self._snapshot.reserve, args=(sizes,), name="checkpoint-memory")
+            self._thread.start()
+
     def start(self, path: str, prepared: Prepared | None, follow_up: FollowUp, wait: bool) -> None:
         """Begin to write `prepared` (of rank 0; None elsewhere); with `wait`, copy nothing and write it at once."""
         assert self._pending is None, "settle() comes first"
@@ -69,6 +78,7 @@ class Saver:
         if wait:
             self._write(path, prepared, follow_up, None)
             return
+        self._join()  # memory may still be reserved
         if self._snapshot is None:
             self._snapshot = Snapshot()
         arguments = path, self._snapshot.take(prepared), follow_up, self._snapshot

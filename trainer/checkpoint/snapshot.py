@@ -30,6 +30,11 @@ class Snapshot:
         self._events: list[torch.cuda.Event] = []
         self._sources: list[Tensor] = []
 
+    def reserve(self, sizes: Iterable[tuple[int, bool]]) -> None:
+        """Take memory for tensors of so many bytes, pinned or not, ahead of time: fresh pages cost more than copies."""
+        for size, pinned in sizes:
+            self._room(size, pinned).zero_()
+
     def take(self, prepared: Prepared) -> Prepared:
         """`prepared` with copies in the place of its tensors; overwrites the copies that were taken before.
 

@@ -24,6 +24,7 @@ from paceline.trainer.checkpoint.snapshot import Snapshot
 
 from helpers.ranks import run_ranks
 from helpers.resumable import every_save, run, same, saved_in
+from helpers.tiny import Regression, loader, tiny_trainer
 
 META = {"global_step": 1, "epoch": 0}
 
@@ -94,6 +95,39 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     outcome = run("sgd_momentum_by_step", tmp_path, callbacks=(saves, Watches()), max_steps=7)
     assert steps == list(range(1, 8)) and outcome.step == 7
     assert [Path(path).name for path in saved_in(tmp_path)] == ["epoch=0-step=3.ckpt", "epoch=0-step=6.ckpt"]
+
+
+class Large(Regression):
+    """72 MB with Adam's averages."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.optim.Adam)
+        self.weight = torch.nn.Parameter(torch.zeros(6_000_000))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + self.weight.sum()
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_the_memory_of_the_first_save_is_taken_as_training_begins(async_save: bool) -> None:
+    held: dict[str, set[int]] = {}
+
+    class Watches(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.saver._join()
+            self.look("before", trainer)
+
+        def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.look("after", trainer)
+
+        def look(self, when: str, trainer: pl.Trainer) -> None:
+            snapshot = trainer.saver._snapshot
+            held[when] = {chunk.data_ptr() for chunk in snapshot._chunks[False]} if snapshot else set()
+
+    callbacks = [Watches(), ModelCheckpoint(every_n_train_steps=1, async_save=async_save)]
+    tiny_trainer(max_steps=1, callbacks=callbacks, enable_checkpointing=True).fit(Large(), loader(2))
+    assert held["before"] == held["after"]
+    assert len(held["after"]) == async_save
 
 
 def failing(after: int, then_ok: bool = False) -> Callable[[str, str], None]:
