@@ -100,6 +100,7 @@ class WeightAveraging(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._swap(pl_module, True)
+            trainer.strategy.sync_buffers()  # each rank averaged its own; checkpoints hold those of rank 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

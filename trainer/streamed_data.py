@@ -144,7 +144,8 @@ class StreamedData:
         with isolated(mix_seed(settings.seed, _STREAM, epoch, 0 if alike else self._strategy.data_rank)):
             # What loaders draw as they begin comes from this stream: a resumed epoch begins as it did before.
             batches, last = self._begin(first_batch)
-            first = list(islice(batches, 1))
+            # In mid-epoch the batch is drawn from the run's own stream, as in a run that was never interrupted.
+            first = [] if first_batch else list(islice(batches, 1))
         batches = chain(first, batches)
         if one_a_window:
             return self._single_windows(batches, done)
@@ -293,7 +294,8 @@ class RankBatches:
 def _all_of(batches: Iterator[Any], count: int) -> Iterator[Any]:
     """`count` batches; asking for one more lets a data set see its end, where it may begin anew."""
     yield from islice(batches, count)
-    next(batches, None)
+    with isolated():  # shorter loaders of a collection may give a batch; a run resumed here asks for none
+        next(batches, None)
 
 
 def _weighed(batches: Sequence[Any], settings: DataSettings) -> tuple[list[float], list[float]]:

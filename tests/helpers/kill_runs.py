@@ -50,7 +50,7 @@ class KillAt(Callback):
 
 def train(folder: Path, *callbacks: Callback) -> dict[str, Any]:
     saves = ModelCheckpoint(every_n_train_steps=2, save_last=True), ModelCheckpoint(monitor="val_loss", save_top_k=2)
-    outcome = asdict(run(CASE, folder, "auto", callbacks=(*saves, *callbacks)))
+    outcome = asdict(run(CASE, folder, "auto", callbacks=(*saves, *callbacks), max_epochs=2))
     return {key: outcome[key] for key in ("digests", "metrics", "epochs", "step", "points")}
 
 

@@ -96,6 +96,17 @@ class TwoPlayers(Classifier):
         self.log("train_loss", loss, on_step=True, on_epoch=True)
 
 
+class FromTwo(Classifier):
+    """Batches of two loaders of different lengths, as `CombinedLoader` puts them together, are one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        parts = [part for part in batch.values() if part is not None] if isinstance(batch, dict) else [batch]
+        return super().training_step(tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)), batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+
 def _adam(module: pl.Module) -> Any:
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
     plateau = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
@@ -127,6 +138,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[Callback]] = list
     module: type[Classifier] = Classifier
+    combined: str = ""
 
 
 def _averaged() -> list[Callback]:
@@ -143,6 +155,10 @@ CASES = {
     "early_stopping": Case(_adam, {"max_epochs": 9}, lambda: [EarlyStopping("val_loss", patience=1, min_delta=0.01)]),
     "manual": Case(_two, {}, module=TwoPlayers),
     "averaged": Case(_adam_by_epoch, {}, _averaged),
+    "min_size": Case(_adam_by_epoch, {"accumulate_grad_batches": 2}, module=FromTwo, combined="min_size"),
+    "max_size": Case(_adam_by_epoch, module=FromTwo, combined="max_size"),
+    "max_size_cycle": Case(_adam_by_epoch, module=FromTwo, combined="max_size_cycle"),
+    "sequential": Case(_adam_by_epoch, {"accumulate_grad_batches": 3}, module=FromTwo, combined="sequential"),
 }
 
 
@@ -186,7 +202,10 @@ def run(
         "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
     }
     trainer = pl.Trainer(**(own | of_case.arguments | arguments), callbacks=[*of_case.callbacks(), *callbacks])
-    train = DataLoader(Noisy(), batch_size, shuffle=True, num_workers=workers)
+    train: Any = DataLoader(Noisy(), batch_size, shuffle=True, num_workers=workers)
+    if of_case.combined:
+        shorter = DataLoader(Noisy(20), batch_size, shuffle=True, num_workers=workers)
+        train = pl.CombinedLoader({"long": train, "short": shorter}, of_case.combined)
     trainer.fit(module, train, DataLoader(Noisy(10), 4), ckpt_path=ckpt_path)
     return Outcome(
         digests=_digests(trainer, module),

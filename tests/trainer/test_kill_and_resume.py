@@ -35,20 +35,20 @@ def test_killed_at_some_hooks_and_writes_it_ends_as_the_run_that_never_was(tmp_p
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(4))
-def test_killed_at_every_write_it_ends_as_the_run_that_never_was(tmp_path: Path, part: int) -> None:
-    assert kills(tmp_path, "write", 1 + part, 320, stride=4, timeout_seconds=890) > 50
+def test_killed_at_every_write_of_its_first_saves_it_ends_as_the_run_that_never_was(tmp_path: Path, part: int) -> None:
+    assert kills(tmp_path, "write", 1 + part, 200, stride=4, timeout_seconds=890) == 50
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_any_hook_it_ends_as_the_run_that_never_was(tmp_path: Path) -> None:
-    assert kills(tmp_path, "hook", 1, 110, timeout_seconds=890) > 90
+    assert kills(tmp_path, "hook", 1, 85, timeout_seconds=890) > 75
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_random_times_it_ends_as_the_run_that_never_was(tmp_path: Path) -> None:
-    assert kills(tmp_path, "time", 1, 100, timeout_seconds=890) >= 50
+    assert kills(tmp_path, "time", 1, 80, timeout_seconds=890) >= 50
 
 
 LIVING = """
