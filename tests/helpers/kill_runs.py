@@ -97,7 +97,7 @@ def killed(folder: Path, how: str, n: int, result: Path) -> int:
 
     pid, wait = forked(work, result)
     if how == "time":
-        time.sleep(random.uniform(0.0, 0.5))
+        time.sleep(random.uniform(0.0, 0.3))
         os.kill(pid, signal.SIGKILL)
     return wait()
 
