@@ -192,7 +192,6 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
     if checkpoint is not None:
         data.adopt(checkpoint["paceline"]["data"])
         run_state.restore_progress(trainer, checkpoint)
-        run_state.restore_metrics(trainer, checkpoint)
     strategy.wrap()
 
     progress = trainer.progress
@@ -249,10 +248,11 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
     fit.num_batches = fit.data.num_batches
     trainer.say_what_was_chosen()
     _call(hooks.on_fit_start)
-    if checkpoint is not None:
-        run_state.restore_optimizers(trainer, checkpoint)
-    elif validation is not None:
+    if validation is not None:
         _sanity_check(trainer, validation)
+    if checkpoint is not None:
+        run_state.restore_metrics(trainer, checkpoint)
+        run_state.restore_optimizers(trainer, checkpoint)
     limits.start()
     return fit
 
@@ -401,12 +401,13 @@ def _sanity_check(trainer: Trainer, validation: Evaluation) -> None:
     if batches == 0 or trainer.arguments.fast_dev_run:
         return
     before, trainer.state.stage = trainer.state.stage, RunningStage.SANITY_CHECKING
+    due, trainer.progress.due = trainer.progress.due, []  # a validation that a resumed run has left to do is another
     with isolated():
         _call(trainer.hooks.on_sanity_check_start)
         evaluate(validation, float("inf") if batches == -1 else batches)
         _call(trainer.hooks.on_sanity_check_end)
     trainer.metrics.forget()
-    trainer.state.stage = before
+    trainer.state.stage, trainer.progress.due = before, due
 
 
 def _validation(trainer: Trainer, module: Module, loaders: Any) -> Evaluation | None:
