@@ -7,6 +7,7 @@ gradients survive in float16, and skips the steps whose gradients overflowed.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -31,6 +32,26 @@ class Precision:
         if self.parameters is not None:
             return default_dtype(self.parameters)
         return nullcontext()
+
+    def check(self, device: torch.device) -> None:
+        """ConfigurationError where the device cannot compute in this precision; a warning where it only emulates it."""
+        dtype = self.autocast or self.parameters
+        if dtype is None:
+            return
+        try:
+            matrix = torch.ones(2, 2, dtype=dtype, device=device)
+            matrix @ matrix
+        except (RuntimeError, TypeError) as error:
+            raise ConfigurationError(
+                f"precision={self.name!r} needs {dtype}, in which {device.type} cannot multiply matrices ({error}). "
+                "Use '32-true', or another device."
+            ) from error
+        if dtype is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            warnings.warn(
+                f"{torch.cuda.get_device_name(device)} only emulates bfloat16, which is slow. "
+                f"precision='16-mixed' is what it was made for, instead of {self.name!r}.",
+                stacklevel=2,
+            )
 
 
 class default_dtype:

@@ -130,6 +130,7 @@ def _set_up(trainer: Trainer, module: Module, datamodule: DataModule | None) -> 
     for callback in trainer.callbacks:
         callback.setup(trainer, module, stage)
     module.setup(stage)
+    trainer.precision_policy.check(trainer.strategy.device)
     with trainer.strategy.building():
         module.configure_model()
     trainer.compile_as_asked()

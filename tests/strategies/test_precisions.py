@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paceline.errors import ConfigurationError
-from paceline.strategies.precision import PRECISIONS, parse_precision
+from paceline.strategies.precision import PRECISIONS, Precision, parse_precision
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,12 @@ def test_the_default_type_is_put_back_also_after_an_exception() -> None:
     with pytest.raises(KeyError), parse_precision("64-true").forward_context("cpu"):
         raise KeyError
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_precision_that_the_device_cannot_compute_in_is_refused() -> None:
+    """No device here lacks float16; a CPU lacks products of truth values, and says so in the same way."""
+    unsupported = Precision("1-mixed", autocast=torch.bool)
+    with pytest.raises(ConfigurationError, match=r"precision='1-mixed' needs torch\.bool.* cpu cannot multiply"):
+        unsupported.check(torch.device("cpu"))
+    for precision in PRECISIONS.values():
+        precision.check(torch.device("cpu"))
