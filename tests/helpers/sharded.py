@@ -86,7 +86,7 @@ class Layered(pl.Module):
         trainable = [p for p in self.parameters() if p.requires_grad]
         if self.options.get("sgd"):
             return torch.optim.SGD(trainable, lr=self.lr, momentum=0.9)
-        return torch.optim.Adam(trainable, lr=self.lr)
+        return torch.optim.Adam(trainable, lr=self.lr, fused=self.options.get("fused"))
 
 
 def examples(count: int) -> TensorDataset:

@@ -60,7 +60,14 @@ def test_clipping_is_that_of_one_process(strategy: str, ranks: int, options: dic
 
 @pytest.mark.parametrize(
     "model",
-    [{"tied": True}, {"frozen": ["first", "blocks.1"]}, {"frozen": ["blocks.0.up"]}, {"groups": True}, {"sgd": True}],
+    [
+        {"tied": True},
+        {"frozen": ["first", "blocks.1"]},
+        {"frozen": ["blocks.0.up"]},
+        {"groups": True},
+        {"sgd": True},
+        {"fused": True},
+    ],
     ids=str,
 )
 def test_models_of_all_kinds_train_as_on_one_process(model: dict[str, Any]) -> None:
