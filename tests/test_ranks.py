@@ -244,7 +244,8 @@ def test_a_script_runs_with_its_arguments_and_environment() -> None:
 
 def test_a_script_under_torchrun_is_on_all_ranks(tmp_path: Path) -> None:
     script = tmp_path / "say_rank.py"
-    script.write_text("import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])")
+    # The line and its end in one write: the other rank writes to the same pipe.
+    script.write_text("import os; print(f'rank {os.environ[\"RANK\"]} of {os.environ[\"WORLD_SIZE\"]}\\n', end='')")
     result = run_script(script, launcher="torchrun", nproc=2)
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]

@@ -460,9 +460,12 @@ def _agreed(name: str, given: Any, of_trainer: Any) -> Any:
 
 
 def require(module: Any) -> Module:
-    """`module` if it is one; WrongTypeError for a plain nn.Module or something else."""
+    """`module` if it is one, also inside `torch.compile(module)`; WrongTypeError for anything else."""
     if isinstance(module, Module):
         return module
+    if isinstance(inner := getattr(module, "_orig_mod", None), Module):
+        inner._compiled_call_impl = inner._compiled_call_impl or module.dynamo_ctx(inner._call_impl)
+        return inner
     raise WrongTypeError(
         f"Trainer got a {type(module).__module__}.{type(module).__qualname__}, expected a subclass of paceline.Module "
         "(paceline.LightningModule). Derive your class from it and define training_step and configure_optimizers."

@@ -104,6 +104,13 @@ def test_a_module_without_a_forward_has_its_layers_compiled() -> None:
     assert compiled_parts(module) == {"layer"}
 
 
+def test_a_module_that_torch_compile_has_wrapped_is_trained_compiled() -> None:
+    module, backend = Deep(), Counting()
+    tiny_trainer(max_epochs=1).fit(torch.compile(module, backend=backend), loader(6))
+    assert backend.graphs > 0
+    assert_same(module, trained(count=6)[0])
+
+
 def test_what_is_compiled_already_stays_as_it_is() -> None:
     module = Deep()
     module.first.compile(backend="eager")

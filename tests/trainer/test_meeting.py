@@ -188,7 +188,8 @@ attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"
 
 class Fails(Regression):
     def on_train_start(self):
-        print(f"rank {{rank}} begins at step {{self.trainer.global_step}}", flush=True)
+        # The line and its end in one write: the other rank writes to the same pipe.
+        print(f"rank {{rank}} begins at step {{self.trainer.global_step}}\\n", end="", flush=True)
 
     def training_step(self, batch, batch_idx):
         if attempt == 0 and self.trainer.global_step == 2 and rank == "1":
