@@ -7,7 +7,9 @@ Subclasses override few methods; `register_strategy` gives one a name for `Train
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ from .precision import Precision, parse_precision
 STRATEGIES: dict[str, Callable[[], Strategy]] = {}
 _S = TypeVar("_S", bound="type[Strategy]")
 _Step = Callable[..., Any]
+_SECONDS_TO_LET_GO = 0.2
 
 
 def register_strategy(name: str, **options: Any) -> Callable[[_S], _S]:
@@ -329,6 +332,9 @@ def _join(device: torch.device, cluster: Cluster) -> None:
             )
         return
     os.environ.update(rendezvous_environment(cluster))
+    # gloo's threads let go of a collective's tensors a moment after it, for which they take the interpreter's lock: in
+    # one that is being taken down, that aborts the process.
+    atexit.register(time.sleep, _SECONDS_TO_LET_GO)
     backend = (
         "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     )

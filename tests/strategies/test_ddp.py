@@ -6,6 +6,7 @@ The jobs return what each rank found; what one process finds is computed beside 
 from __future__ import annotations
 
 import os
+import sys
 from itertools import product
 from typing import Any
 
@@ -20,6 +21,7 @@ from paceline.strategies import DDP, Strategy, register_strategy
 from paceline.strategies.base import STRATEGIES
 
 from helpers.ranks import RanksFailed, run_ranks
+from helpers.scripts import run_script
 from helpers.tiny import (
     Regression,
     adam,
@@ -453,3 +455,21 @@ def test_a_users_own_strategy_trains_by_name_and_as_an_object(by_name: bool) -> 
     for found, name in run_ranks(fit_with_own_strategy, 2, by_name):
         assert_same(found, by_hand(global_batches(COUNT, 8), adam, clip_norm=0.3), 1e-6)
         assert name == "AveragesByHand"
+
+
+ENDS_WITH_COLLECTIVES = """
+import torch
+import torch.distributed as dist
+from helpers.tiny import Regression, loader, tiny_trainer
+
+tiny_trainer(strategy="ddp", max_steps=1).fit(Regression(), loader(8))
+for tensor in [torch.ones(1000) for _ in range(50)]:
+    dist.all_reduce(tensor, async_op=True)
+"""
+
+
+def test_a_script_may_end_right_after_collectives() -> None:
+    """gloo's threads are still at them as the script ends; without a pause most such processes are aborted."""
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = run_script(ENDS_WITH_COLLECTIVES, launcher="torchrun", nproc=2, env=environment)
+    assert result.returncode == 0, result.stderr
