@@ -8,6 +8,7 @@ the rounds. `--rivals lightning accelerate` adds others that are installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import statistics
 import sys
@@ -219,7 +220,8 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 torch.manual_seed(0)
-                times[name].append(RUNNERS[name](case))
+                with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints is none of the table
+                    times[name].append(RUNNERS[name](case))
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
         ratios = {
             name: statistics.median(t / h for t, h in zip(times[name], times[names[0]], strict=True)) for name in names

@@ -108,7 +108,7 @@ def cpu_stats(psutil: Any) -> dict[str, float]:
 
 def _import_psutil() -> Any:
     try:
-        import psutil  # type: ignore[import-untyped]
+        import psutil
     except ModuleNotFoundError:
         raise ConfigurationError(
             "DeviceStatsMonitor logs the CPU's statistics through psutil, which is not installed. Run "

@@ -62,7 +62,7 @@ def jsonable(value: Any) -> Any:
 
 def as_yaml(hparams: Mapping[str, Any]) -> str:
     """The text of a `hparams.yaml`, which `load_from_checkpoint(hparams_file=)` reads."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     text: str = yaml.safe_dump(jsonable(hparams), sort_keys=False, allow_unicode=True)
     return text

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ConfigurationError
 from ..trainer.agreed_clock import AgreedClock
 from ..trainer.callback import Callback
+from ..trainer.checkpoint.run_state import reserve_memory
 from ..trainer.checkpoint.saver import FollowUp
 from ..trainer.rank_zero import rank_zero_info, rank_zero_warn
 from .checkpoint_names import format_name
@@ -147,7 +148,7 @@ class ModelCheckpoint(Callback):
         if self._clock is not None:
             self._clock.start(trainer.global_step)
         if self.async_save and self.save_top_k != 0:
-            trainer.reserve_memory_of_saves(self.save_weights_only)
+            reserve_memory(trainer, self.save_weights_only)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._in_steps:

@@ -1,7 +1,8 @@
 """`Stepper`: from a window's gradients to one optimizer step, through every hook that a user may override.
 
-Clear at the window's first backward; at its end unscale, clip, step. A user's own `optimizer_step` and optimizers that
-need a closure (LBFGS) get one that can repeat the window, whose batches are kept for them alone.
+Clear as the window begins, or before its first backward where a hook may look; at its end unscale, clip, step. A user's
+own `optimizer_step` and optimizers that need a closure (LBFGS) get one that can repeat the window, whose batches are
+kept for them alone.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from . import estimating, launch, stages, verify
 from .arguments import Arguments, named_only
 from .callback import Callback
 from .checkpoint.run_folder import FolderLock, claim_version_folder
-from .checkpoint.run_state import BeforeValidation, reserve_memory, save_checkpoint
+from .checkpoint.run_state import BeforeValidation, save_checkpoint
 from .checkpoint.saver import FollowUp, Saver
 from .checkpoint.weights import WeightsRequest, load_weights, stored_names
 from .compiling import compile_module
@@ -392,10 +392,6 @@ class Trainer(TrainerProperties):
             self.fit_run.asked_saves.append((os.fspath(filepath), weights_only))
             return os.fspath(filepath)
         return save_checkpoint(self, filepath, weights_only, wait, follow_up or FollowUp())
-
-    def reserve_memory_of_saves(self, weights_only: bool) -> None:
-        """For whoever will save with `wait=False`: begin to take the host memory now, in the background."""
-        reserve_memory(self, weights_only)
 
     def suspend(self) -> NoReturn:
         """Save, and end the process with the code that asks to be started again; on every rank, at a window's end."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from paceline.callbacks.csv_logger import CSVLogger
 from paceline.callbacks.log_file import read_text

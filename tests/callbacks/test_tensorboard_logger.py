@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from paceline.callbacks.tensorboard_logger import TensorBoardLogger
 from paceline.errors import ConfigurationError

@@ -10,6 +10,8 @@ import torch
 from paceline.errors import ConfigurationError
 from paceline.strategies.precision import PRECISIONS, Precision, parse_precision
 
+from helpers.tiny import Regression, loader, tiny_trainer
+
 
 @pytest.mark.parametrize(
     ("spelling", "name"),
@@ -56,10 +58,14 @@ def test_the_default_type_is_put_back_also_after_an_exception() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_a_precision_that_the_device_cannot_compute_in_is_refused() -> None:
+def test_a_precision_that_the_device_cannot_compute_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device here lacks float16; a CPU lacks products of truth values, and says so in the same way."""
     unsupported = Precision("1-mixed", autocast=torch.bool)
     with pytest.raises(ConfigurationError, match=r"precision='1-mixed' needs torch\.bool.* cpu cannot multiply"):
         unsupported.check(torch.device("cpu"))
+    monkeypatch.setitem(PRECISIONS, "1-mixed", unsupported)
+    with pytest.raises(ConfigurationError, match="'1-mixed' needs"):
+        tiny_trainer(precision="1-mixed").fit(Regression(), loader(2))
+    monkeypatch.undo()
     for precision in PRECISIONS.values():
         precision.check(torch.device("cpu"))

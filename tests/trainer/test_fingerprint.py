@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -169,7 +169,7 @@ def test_a_file_that_workers_open_is_not_opened_before_them() -> None:
 
 def test_a_fingerprint_reads_a_few_samples_and_draws_nothing() -> None:
     class Counts(Numbers):
-        read: list[int] = []  # noqa: RUF012
+        read: ClassVar[list[int]] = []
 
         def __getitem__(self, index: int) -> Any:
             Counts.read.append(index)

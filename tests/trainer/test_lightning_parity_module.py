@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ class Layered(pl.Module):
 class Clips(Layered):
     """Clips with what `options` say, and notes the norm afterwards."""
 
-    options: dict[str, Any] = {}  # noqa: RUF012
+    options: ClassVar[dict[str, Any]] = {}
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
         self.clip_gradients(optimizer, **self.options)

@@ -363,6 +363,7 @@ def test_bare_bones_log_nothing() -> None:
 
     trainer = pl.Trainer(barebones=True, max_epochs=1, accelerator="cpu", devices=1)
     trainer.fit(Logs(), numbers(4))
+    assert trainer.barebones
     assert trainer.callback_metrics == {}
 
 

@@ -58,7 +58,7 @@ def _from_file(path: str | os.PathLike[str] | None) -> dict[str, Any]:
         if os.fspath(path).endswith(".json"):
             held: dict[str, Any] = json.load(file)
         else:
-            import yaml  # type: ignore[import-untyped]
+            import yaml
 
             held = yaml.safe_load(file)
     return held
