@@ -90,8 +90,10 @@ def _records(data: bytes) -> Iterator[bytes]:
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
-        whole += data[position + _RECORD_HEADER : position + _RECORD_HEADER + length]
-        position += _RECORD_HEADER + length
+        start, position = position + _RECORD_HEADER, position + _RECORD_HEADER + length
+        if position > len(data):  # it is being written
+            return
+        whole += data[start:position]
         if kind in (_FULL, _LAST):
             yield whole
             whole = b""
