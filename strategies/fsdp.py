@@ -7,8 +7,10 @@ values. Surprising: gradients are summed over the ranks, not averaged, which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -280,15 +282,24 @@ class FSDP(Strategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> bool:
         """As the base class does; ConfigurationError for an optimizer whose operations torch cannot do on shards."""
-        try:
+        if closure is not None:
             return super().optimizer_step(optimizer, closure, **kwargs)
+        with self._refusals_of_shards(optimizer):
+            return super().optimizer_step(optimizer, **kwargs)
+
+    @contextmanager
+    def _refusals_of_shards(self, optimizer: Optimizer) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
-            if closure is not None or not any(word in str(error) for word in ("DTensor", "harding")):
+            if not any(word in str(error) for word in ("DTensor", "harding")):
                 raise
             reason = str(error).partition("\n")[0]
+            fused = any(group.get("fused") for group in optimizer.param_groups)
             raise ConfigurationError(
                 f"{type(optimizer).__name__} cannot be used with {self.name}: its step does on shards what torch "
-                f"cannot do there ({reason}). Use AdamW, Adam or SGD, or strategy='ddp'."
+                f"cannot do there ({reason}). Use {'it without fused=True' if fused else 'AdamW, Adam or SGD'}, or "
+                "strategy='ddp'."
             ) from error
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
@@ -310,6 +321,26 @@ class FSDP(Strategy):
             )
         if self.cpu_offload and any(group.get("fused") for group in optimizer.param_groups):
             raise ConfigurationError(f"cpu_offload=True keeps shards in host memory. Use {kind} without fused=True.")
+        if type(optimizer).__module__.startswith("torch.optim"):  # those of others may refer to their parameters
+            with self._refusals_of_shards(optimizer):
+                _try_step(optimizer)
+
+
+def _try_step(optimizer: Optimizer) -> None:
+    """One step of a copy of `optimizer`, on a small sharded matrix of zeros."""
+    from torch.distributed.tensor import DTensor
+
+    found = [(group, p) for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
+    if not found:
+        return
+    group, like = found[0]
+    zeros = torch.zeros(2, 2, dtype=like.dtype, device=like.device)
+    matrix = nn.Parameter(DTensor.from_local(zeros, like.device_mesh, like.placements))
+    matrix.grad = torch.zeros_like(matrix)
+    trial = copy.copy(optimizer)
+    trial.state = defaultdict(dict)
+    trial.param_groups = [{**group, "params": [matrix]}]
+    type(optimizer).step(trial)  # what schedulers put around `optimizer.step` would count it
 
 
 def _check(module: nn.Module, strategy: Strategy) -> None:

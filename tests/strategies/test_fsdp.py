@@ -309,6 +309,14 @@ class MakesAdafactor(Layered):
     def configure_optimizers(self) -> Any:
         return torch.optim.Adafactor(self.parameters())
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        raise AssertionError("a batch began")
+
+
+class MakesOneOfAnotherLibrary(Layered):
+    def configure_optimizers(self) -> Any:
+        return type("Shampoo", (torch.optim.Adafactor,), {"__module__": "others"})(self.parameters())
+
 
 class Scalar(Layered):
     def build(self) -> None:
@@ -354,6 +362,11 @@ def refused(kind: type[Layered], options: dict[str, Any], strategy: str) -> None
         (Few, {}, "Few has 1 parameter(s), fewer than the 2 ranks"),
         (MakesLBFGS, {}, "LBFGS cannot be used with FSDP"),
         (MakesAdafactor, {}, "Adafactor cannot be used with FSDP: its step does on shards what torch cannot do there"),
+        (
+            MakesOneOfAnotherLibrary,
+            {},
+            "Shampoo cannot be used with FSDP: its step does on shards what torch cannot do",
+        ),
         (Scalar, {}, "'scale' has no dimension, so FSDP cannot shard it. Make it a parameter of shape (1,)"),
         (ShardedBefore, {}, "The module was sharded with precision='bf16-mixed', now it is '32-true'"),
         (MadeTooEarly, {}, "SGD holds parameters that the module no longer has"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO
@@ -18,7 +18,7 @@ from ...errors import CheckpointError
 from .storage import Storage, reading
 
 BLOCK_BYTES = 16 * 2**20
-_WORTH_A_THREAD_BYTES = 2**18
+_CHECKSUM_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,29 @@ class FileRecord:
 
 
 def write_blocks(storage: Storage, path: str, buffers: Iterable[memoryview]) -> FileRecord:
-    """Write a new file; the checksum of a piece is made by another thread while the piece is written."""
+    """Write a new file; threads sum its blocks meanwhile, several since memory and fast disks outrun one."""
     block_bytes = BLOCK_BYTES
-    sums: list[int] = []
+    sums: list[Future[int]] = []
     size = 0
 
     def pieces() -> Iterator[memoryview]:
         nonlocal size
+        block: list[memoryview] = []
         for piece in _cut(buffers, block_bytes):
-            if size % block_bytes == 0:
-                sums.append(0)
+            yield piece
+            block.append(piece)
             size += len(piece)
-            if len(piece) < _WORTH_A_THREAD_BYTES:
-                sums[-1] = zlib.crc32(piece, sums[-1])
-                yield piece
-            else:
-                checksum = pool.submit(zlib.crc32, piece, sums[-1])
-                yield piece
-                sums[-1] = checksum.result()
+            if size % block_bytes == 0:
+                sums.append(pool.submit(_crc32, block))
+                block = []
+                if len(sums) > _CHECKSUM_THREADS:
+                    sums[-1 - _CHECKSUM_THREADS].result()  # so that few blocks are held in memory
+        if block:
+            sums.append(pool.submit(_crc32, block))
 
-    with ThreadPoolExecutor(1, "checkpoint-crc32") as pool:
+    with ThreadPoolExecutor(_CHECKSUM_THREADS, "checkpoint-crc32") as pool:
         storage.write(path, pieces())
-    return FileRecord(size, tuple(sums), block_bytes)
+    return FileRecord(size, tuple(checksum.result() for checksum in sums), block_bytes)
 
 
 def record_of(data: bytes) -> FileRecord:
@@ -158,3 +159,11 @@ def _cut(buffers: Iterable[memoryview], block_bytes: int) -> Iterator[memoryview
             yield buffer[done : done + count]
             done += count
             position += count
+
+
+def _crc32(pieces: Iterable[memoryview]) -> int:
+    """The checksum of these bytes, one after another."""
+    checksum = 0
+    for piece in pieces:
+        checksum = zlib.crc32(piece, checksum)
+    return checksum
