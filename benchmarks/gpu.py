@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, python {sys.version.split()[0]}\n")
+    versions = [f"{name} {version(name)}" for name in ("torch", *arguments.rivals)]
+    print(f"{torch.cuda.get_device_name()}, python {sys.version.split()[0]}, {', '.join(versions)}\n")
     print("| case | loop | ms a step | over hand-written | peak GiB |\n|---|---|---:|---:|---:|", flush=True)
     for case in (CASES[name] for name in arguments.cases):
         names = ["hand-written", "paceline", *arguments.rivals]
