@@ -1,8 +1,9 @@
-"""DDP, FSDP and HSDP on two GPUs through NCCL: `python tests/gpu/two_gpus.py`, about five minutes, prints a table.
+"""DDP, FSDP and HSDP on two GPUs through NCCL: `python tests/gpu/two_gpus.py`, about six minutes, prints a table.
 
 Every line of the table is a check with its number: weights like those of one process, bf16, clipping, resume to the
-bit, a checkpoint moved between all strategies, a model built on the meta device, and memory and time a step beside a
-hand-written `fully_shard` loop. Exits with 1 if a check fails. `--cpu` runs the same on gloo with small sizes.
+bit, a checkpoint moved between all strategies, a model built on the meta device, and memory and time a step beside
+hand-written loops on `fully_shard` and DistributedDataParallel. Exits with 1 if a check fails. `--cpu` runs the same on
+gloo with small sizes.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def ranks_main(cpu):
     def difference(left, right):
         return max((left[name] - right[name]).abs().max().item() for name in right)
 
-    def fit(strategy, kind=Small, steps=6, save=None, resume=None, options=None, model=None, **arguments):
+    def fit(strategy, kind=Small, steps=6, save=None, resume=None, weights=None, options=None, model=None, **arguments):
         pl.seed_everything(3, verbose=False)
         module = kind(**(model or {}))
         trainer = pl.Trainer(
@@ -113,6 +114,8 @@ def ranks_main(cpu):
             max_epochs=9, global_batch_size=8, logger=False, enable_progress_bar=False, enable_checkpointing=False,
             enable_model_summary=False, **arguments,
         )  # fmt: skip
+        if weights:
+            trainer.load_weights(weights)
         with contextlib.redirect_stdout(None):
             trainer.fit(module, DataLoader(Tokens(30, 32), batch_size=2), ckpt_path=resume)
         saved = trainer.save_checkpoint(save) if save else None
@@ -201,6 +204,12 @@ def ranks_main(cpu):
                 found = difference(fit(target, resume=paths[source])[0], plain)
                 table.line(what, f"{found:.1e}", found < 2e-6)
 
+    for name in ("fsdp", "hsdp"):
+        what = f"{name}: load_weights of ddp's checkpoint, 1 step, beside ddp"
+        with table.guarded(what):
+            found = difference(*(fit(one, steps=1, weights=paths["ddp"])[0] for one in (name, "ddp")))
+            table.line(what, f"{found:.1e}", found < 2e-6)
+
     # --- speed and memory -------------------------------------------------------------------------------------------
     exact(False)
     sizes = {"layers": 2, "width": 128, "heads": 4} if cpu else {"layers": 24, "width": 2048, "heads": 16}
@@ -232,7 +241,7 @@ def ranks_main(cpu):
     def peak():
         return 0 if cpu else torch.cuda.max_memory_allocated()
 
-    def fully_shard_loop():
+    def hand_written(strategy):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -240,20 +249,28 @@ def ranks_main(cpu):
         pl.seed_everything(3, verbose=False)
         module = GPT(**sizes, context=context)
         module.configure_model()
-        module.to(device)
-        mesh = init_device_mesh(device.type, (2,))
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for block in module.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        start()
+        model = module.to(device)
+        if strategy == "fsdp":
+            mesh = init_device_mesh(device.type, (2,))
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            for block in module.blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            start()
+        else:
+            model = nn.parallel.DistributedDataParallel(
+                module, device_ids=None if cpu else [device], gradient_as_bucket_view=True
+            )
         optimizer = module.configure_optimizers()["optimizer"]
         mine = torch.utils.data.Subset(data, range(rank, len(data), 2))
         times = []
         for number, (x, y) in enumerate(DataLoader(mine, batch_size=batch_size, pin_memory=not cpu), 1):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             optimizer.zero_grad()
-            F.cross_entropy(module(x).flatten(0, 1).float(), y.flatten()).backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=strategy == "ddp"):
+                logits = model(x)
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+            loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             if number in (4, steps) or cpu:
@@ -276,16 +293,17 @@ def ranks_main(cpu):
         seconds = (clock.times[-1] - clock.times[0]) / (steps - (1 if cpu else 4))
         return seconds, peak()
 
-    by_hand, ours = [], []
-    with table.guarded("hand-written fully_shard loop"):
-        for _ in range(2):  # in turns, for rounds differ
-            by_hand.append(fully_shard_loop())
-            ours.append(paceline("fsdp", {"autocast": False}))
-        beside = report("hand-written fully_shard loop, 1.2 billion, bf16", *min(by_hand))
-        report("fsdp, autocast=False: the same, x the hand-written one's time", *min(ours), beside)
+    for name, options in (("fsdp", {"autocast": False}), ("ddp", {})):
+        with table.guarded(f"hand-written {name} loop"):
+            by_hand, ours = [], []
+            for _ in range(2):  # in turns, for rounds differ
+                by_hand.append(hand_written(name))
+                ours.append(paceline(name, options))
+            beside = report(f"hand-written {name} loop, 1.2 billion, bf16", *min(by_hand))
+            how = "".join(f", {k}={v}" for k, v in options.items())
+            report(f"{name}{how}: the same, x the hand-written one's time", *min(ours), beside)
     for name, options in (
         ("fsdp", {}),
-        ("ddp", {}),
         ("hsdp", {}),
         ("fsdp", {"forward_prefetch": 1}),
         ("fsdp", {"reshard_after_forward": False}),
