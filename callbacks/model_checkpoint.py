@@ -363,12 +363,13 @@ class ModelCheckpoint(Callback):
         """On rank 0, once the newest checkpoint is whole: point `last` to it and remove what it replaced."""
         if not self._last_checkpoint_saved:
             return
-        from ..trainer.checkpoint import is_checkpoint, write_pointer
+        from ..trainer.checkpoint import is_checkpoint, resolve_pointer, write_pointer
 
         if not trainer.is_global_zero:
             self._retired = []
         elif is_checkpoint(self._last_checkpoint_saved):
-            if self.save_last and self._last_target == self._last_checkpoint_saved:
+            stale = self.save_last and resolve_pointer(self.last_model_path) != self._last_target
+            if stale and self._last_target == self._last_checkpoint_saved:  # a kill came between the two
                 write_pointer(self.last_model_path, self._last_target)
             # What this process resumed from stays while it runs; it is removed after the next resume.
             removable = [path for path in self._retired if path not in (trainer.ckpt_path, self._last_checkpoint_saved)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -52,8 +53,12 @@ def _ls(arguments: argparse.Namespace) -> int:
     from .checkpoint.inspect import list_below
 
     found = list_below(arguments.folder)
-    rows = [(f.path, f.step, f.epoch, f.time, _size(f.bytes), f.problem or "whole") for f in found]
-    _print(arguments.json, found, ("checkpoint", "step", "epoch", "saved", "size", "state"), rows)
+    rows = []
+    for f in found:
+        problem = f.problem.replace(f"{f.path}/", "").replace(f.path, "it")
+        rows.append((_short(f.path), f.step, f.epoch, f.time, _size(f.bytes), problem or "whole"))
+    head = ("checkpoint", "step", "epoch", "saved", "size", "state")
+    _print(arguments.json, found, head, rows, f"No checkpoint in {arguments.folder} or below.")
     return 0
 
 
@@ -85,11 +90,9 @@ def _diff(arguments: argparse.Namespace) -> int:
     from .checkpoint.inspect import differences
 
     found = differences(arguments.one, arguments.other)
-    _print(
-        arguments.json, found, ("part", "name", "how", "largest difference"), [tuple(vars(d).values()) for d in found]
-    )
-    if not found and not arguments.json:
-        print("No tensor and no value differs.")
+    rows = [(d.part, d.name, d.how, None if d.largest is None else f"{d.largest:.3g}") for d in found]
+    head = ("part", "name", "how", "largest difference")
+    _print(arguments.json, found, head, rows, "No tensor and no value differs.")
     return 1 if found else 0
 
 
@@ -122,11 +125,18 @@ def _told(arguments: argparse.Namespace, path: str, **more: Any) -> int:
     return 0
 
 
-def _print(as_json: bool, items: Sequence[Any], head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def _print(as_json: bool, items: Sequence[Any], head: Sequence[str], rows: Sequence[Any], none: str) -> None:
     if as_json:
         _print_json(items)
     elif items:
         _table(head, rows)
+    else:
+        print(none)
+
+
+def _short(path: str) -> str:
+    """A path as seen from here, where that is shorter: it leaves the table its width."""
+    return path if "://" in path else min(path, os.path.relpath(path), key=len)
 
 
 def _print_json(value: Any) -> None:
@@ -142,11 +152,13 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for column in table.columns:
         column.overflow = "fold"
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
     Console(soft_wrap=False).print(table)
 
 
-def _size(count: float) -> str:
+def _size(count: float | None) -> str | None:
+    if count is None:
+        return None
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

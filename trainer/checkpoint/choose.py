@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
@@ -11,7 +10,7 @@ from ..rank_zero import rank_zero_warn
 from .find import find_newest
 from .load import load
 from .pointer import resolve_pointer
-from .run_folder import version_folder_of
+from .run_folder import version_folder_of, version_folders
 from .storage import storage_of
 
 if TYPE_CHECKING:
@@ -57,15 +56,15 @@ def _choose(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> str | None:
         best = _best_of_this_process(trainer)
         if best:
             return best
-    newest, skipped = find_newest(_folders(trainer))
+    newest, skipped, places = _newest(trainer)
     for path, reason in skipped:
         rank_zero_warn(f"ckpt_path={ckpt_path!r} passes over {path}: {reason}")
     if newest is None:
         if ckpt_path == "auto":
             return None
         raise CheckpointError(
-            f"ckpt_path={ckpt_path!r}: there is no valid checkpoint in {', '.join(_folders(trainer)) or 'any folder'}. "
-            "Give the path of one, or ckpt_path='auto' to start afresh where there is none."
+            f"ckpt_path={ckpt_path!r}: there is no valid checkpoint in {', '.join(places)}. Give the path of one, or "
+            "ckpt_path='auto' to start afresh where there is none."
         )
     return newest if ckpt_path != "best" else _best_recorded_in(newest)
 
@@ -88,20 +87,19 @@ def _best_recorded_in(path: str) -> str:
     raise CheckpointError(f"ckpt_path='best': {path} records no best checkpoint. Give a path, or use 'last'.")
 
 
-def _folders(trainer: Trainer) -> Sequence[str]:
-    """The explicit folders of the checkpoint callbacks; else the newest version folder that holds a checkpoint."""
+def _newest(trainer: Trainer) -> tuple[str | None, list[tuple[str, str]], list[str]]:
+    """The newest valid checkpoint, those passed over with the reason, and where was looked.
+
+    Looked into are the explicit folders of the checkpoint callbacks, or else the version folders, the newest first.
+    """
+    to_resume = trainer.state.fn == "fit"
     explicit = [str(folder) for c in trainer.checkpoint_callbacks if (folder := getattr(c, "_given_dirpath", None))]
     if explicit:
-        return explicit
-    storage, root = storage_of(trainer.default_root_dir)
-    try:
-        names = storage.list(root)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    versions = sorted((int(n[8:]) for n in names if n.startswith("version_") and n[8:].isdigit()), reverse=True)
-    for version in versions:
-        folder = storage.join(root, f"version_{version}", "checkpoints")
-        newest, _ = find_newest([folder], deep=False)
+        return *find_newest(explicit, to_resume), explicit
+    skipped = []
+    for folder in version_folders(trainer.default_root_dir):
+        newest, passed_over = find_newest([storage_of(folder)[0].join(folder, "checkpoints")], to_resume)
+        skipped += passed_over
         if newest is not None:
-            return [folder]
-    return []
+            return newest, skipped, [trainer.default_root_dir]
+    return None, skipped, [trainer.default_root_dir]

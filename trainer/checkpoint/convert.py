@@ -77,7 +77,7 @@ def _from_torch(path: str, content: Any, replaced: list[Any]) -> Weights:
     left_out: list[str] = []
     kept = _without(hyper_parameters or {}, {id(item) for item in replaced}, "", left_out)
     name = content.get("hparams_name") if state_dict is not content else None
-    extra = {key: content.get(key) for key in ("epoch", "global_step", "optimizer_states")}
+    extra = {key: content[key] for key in ("epoch", "global_step", "optimizer_states") if key in content}
     return Weights(
         dict(state_dict),
         kept if isinstance(kept, dict) else {},
@@ -113,9 +113,12 @@ def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, l
         AttributeError,
         EOFError,
     ) as error:
+        told = (
+            str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        )  # torch's advice is not ours
         raise CheckpointError(
-            f"{path} cannot be read as weights without executing what is in it: {(str(error) or 'empty')[:300]}. Save "
-            f"its state dict as .safetensors where its code is at hand and trusted."
+            f"{path} cannot be read as weights without executing what is in it ({type(error).__name__}: {told:.200}). "
+            "Save its state dict as .safetensors where its code is at hand and trusted."
         ) from error
 
 

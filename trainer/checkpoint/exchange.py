@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import CheckpointError
 from .convert import load_weights_of
+from .find import is_checkpoint
 from .index import Piece, without_aliases
 from .load import load
-from .save import file_buffers, save
-from .storage import storage_of
+from .save import errors_named, file_buffers, save
+from .storage import reading, storage_of
+from .strict_json import take_count
 
 
 def consolidate(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> str:
@@ -47,37 +50,39 @@ def export(
             f"{os.fspath(source)} has no weight whose name begins with {prefix!r}; they are {first} ..."
         )
     storage, place = storage_of(folder)
-    target = storage.join(place, "model.safetensors")
-    settings = b""
-    if config is not None:
-        with open(config, "rb") as file:
-            settings = file.read()
-    for path in (target, *([storage.join(place, "config.json")] if settings else [])):
-        if storage.exists(path):
-            raise CheckpointError(f"{path} exists already. Move it away, or export to another folder.")
-    kept, _ = without_aliases(named)
-    storage.make_folder(place)
-    storage.write(target, file_buffers([Piece.whole(name, tensor) for name, tensor in kept.items()]))
-    if settings:
-        storage.create(storage.join(place, "config.json"), settings)
+    target, settings = storage.join(place, "model.safetensors"), storage.join(place, "config.json")
+    with reading(os.fspath(config or "")):
+        config_bytes = Path(config).read_bytes() if config is not None else b""
+    with errors_named(target, "written"):
+        for path in (target, settings) if config_bytes else (target,):
+            if storage.exists(path):
+                raise CheckpointError(f"{path} exists already. Move it away, or export to another folder.")
+        kept, _ = without_aliases(named)
+        storage.make_folder(place)
+        storage.write(target, file_buffers([Piece.whole(name, tensor) for name, tensor in kept.items()]))
+        if config_bytes:
+            storage.create(settings, config_bytes)
     return target
 
 
 def import_lightning(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[str, list[str]]:
     """Write a checkpoint from a Lightning `.ckpt`; its path, and the hyper-parameters that could not be read."""
+    if is_checkpoint(source):
+        raise CheckpointError(f"{os.fspath(source)} is a checkpoint of ours already; `consolidate` copies one.")
     weights = load_weights_of(source)
     content = weights.extra
     names = [name for name, value in weights.state_dict.items() if isinstance(value, Tensor)]
-    optimizers = [_by_name(state, names, weights.state_dict) for state in content.get("optimizer_states") or []]
+    held = content.get("optimizer_states")
+    optimizers = [_by_name(state, names, weights.state_dict) for state in (held if isinstance(held, list) else [])]
+    where = os.fspath(source)
+    meta = {key: take_count({key: 0, **content}, key, where) for key in ("global_step", "epoch")}
     state = {
-        "epoch": int(content.get("epoch") or 0),
-        "global_step": int(content.get("global_step") or 0),
+        **meta,
         "hyper_parameters": weights.hyper_parameters,
         "hparams_name": weights.hparams_name,
-        "imported_from": os.path.basename(os.fspath(source)),
+        "imported_from": os.path.basename(where),
     }
     known = optimizers and all(optimizers)
-    meta = {key: state[key] for key in ("global_step", "epoch")}
     saved = save(target, model=weights.state_dict, optimizer=optimizers if known else None, state=state, meta=meta)
     return saved, weights.left_out
 
@@ -88,25 +93,26 @@ def _by_name(state: Any, names: list[str], weights: Mapping[str, Any]) -> dict[s
     Lightning numbers the parameters of an optimizer; they are the model's in order if there are as many as weights
     with a state of the same shape.
     """
-    if not isinstance(state, dict) or not isinstance(state.get("param_groups"), list):
-        return None
-    numbers = [number for group in state["param_groups"] for number in group.get("params", [])]
-    held = state.get("state", {})
-    if sorted(numbers) != list(range(len(names))):
-        return None
-    for number, values in held.items():
-        shapes = [v.shape for v in values.values() if isinstance(v, Tensor) and v.dim()]
-        if any(shape != weights[names[number]].shape for shape in shapes):
+    try:
+        groups = [(list(group["params"]), group) for group in state["param_groups"]]
+        held = {int(number): dict(values) for number, values in state["state"].items()}
+        if sorted(number for numbers, _ in groups for number in numbers) != list(range(len(names))):
             return None
-    return {
-        "optimizer": "",
-        "groups": [
-            {
-                "params": [names[number] for number in group["params"]],
-                "options": {k: v for k, v in group.items() if k not in ("params", "param_names")},
-            }
-            for group in state["param_groups"]
-        ],
-        "state": {names[number]: values for number, values in held.items()},
-        "other": {},
-    }
+        for number, values in held.items():
+            shapes = [v.shape for v in values.values() if isinstance(v, Tensor) and v.dim()]
+            if any(shape != weights[names[number]].shape for shape in shapes):
+                return None
+        return {
+            "optimizer": "",
+            "groups": [
+                {
+                    "params": [names[number] for number in numbers],
+                    "options": {k: v for k, v in group.items() if k not in ("params", "param_names")},
+                }
+                for numbers, group in groups
+            ],
+            "state": {names[number]: values for number, values in held.items()},
+            "other": {},
+        }
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # no state that torch's optimizers write
+        return None

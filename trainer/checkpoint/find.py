@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ from ...errors import CheckpointError
 from .load import verify
 from .manifest import Manifest, manifest_in
 from .pointer import SUFFIX, resolve_pointer
-from .storage import storage_of
+from .storage import reading, storage_of
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -22,16 +23,18 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def find_newest(
-    folders: Iterable[str | os.PathLike[str]], deep: bool = True
+    folders: Iterable[str | os.PathLike[str]], to_resume: bool = False
 ) -> tuple[str | None, list[tuple[str, str]]]:
     """The newest whole checkpoint in `folders`, and those passed over, each with the reason.
 
-    Newest is the greatest `global_step`, then the latest manifest. With `deep` a checkpoint is read entirely before
-    it is called whole (`verify`). A folder that does not exist is empty; CheckpointError if one cannot be listed.
+    Newest is the greatest `global_step`, then the latest manifest; each is read entirely before it is called whole
+    (`verify`). `to_resume`: weights alone do not count. A folder that does not exist is empty; CheckpointError if one
+    cannot be listed.
     """
     candidates, skipped = _candidates(folders)
-    for path, _ in sorted(candidates, key=lambda found: (found[1].global_step, found[1].time), reverse=True):
-        problems = verify(path, deep)
+    for path, manifest in sorted(candidates, key=lambda found: (found[1].global_step, found[1].time), reverse=True):
+        weights_alone = to_resume and manifest.meta.get("weights_only")
+        problems = ["it holds weights only, from which no run can go on"] if weights_alone else verify(path)
         if not problems:
             return path, skipped
         skipped.append((path, problems[0]))
@@ -42,12 +45,9 @@ def _candidates(folders: Iterable[str | os.PathLike[str]]) -> tuple[list[tuple[s
     candidates, skipped = [], []
     for folder in folders:
         storage, place = storage_of(folder)
-        try:
-            names = storage.list(place)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:  # a store that is gone for the moment is no reason to start afresh
-            raise CheckpointError(f"{place} cannot be listed: {error.strerror or error}.") from error
+        names: dict[str, int | None] = {}
+        with reading(place), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            names = storage.list(place)  # a store that is gone for the moment is an error, no reason to start afresh
         for name in sorted(name for name in names if name.endswith(SUFFIX)):
             path = storage.join(place, name)
             try:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .load import Loaded, load, verify
+from .load import load, verify
 from .manifest import manifest_in
-from .pointer import SUFFIX
-from .storage import Storage, storage_of
+from .pointer import SUFFIX, resolve_pointer
+from .storage import Storage, reading, storage_of
 from .tensors import dtype_name
 
 _PARTS = ("model", "optimizer", "state")
@@ -23,14 +23,17 @@ _DEEPEST = 6
 
 @dataclass(frozen=True)
 class Listed:
-    """A checkpoint of `list_below`; `problem` is "" where lists, sizes and headers are as they should be."""
+    """A checkpoint of `list_below`; `problem` is "" where lists, sizes and headers are as they should be.
+
+    Without a valid manifest there is nothing but the problem.
+    """
 
     path: str
-    step: int
-    epoch: int
-    time: str
-    bytes: int
     problem: str
+    step: int | None = None
+    epoch: int | None = None
+    time: str | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,29 +60,27 @@ class Difference:
 
 def list_below(folder: str) -> list[Listed]:
     """The checkpoints in `folder` and below it, the oldest first."""
-    storage, place = storage_of(folder)
+    storage, place = storage_of(resolve_pointer(folder))
     found = []
     for path in _candidates(storage, place, _DEEPEST):
         try:
             manifest = manifest_in(storage, path)
         except CheckpointError as error:
-            found.append(Listed(path, -1, -1, "", 0, str(error)))
+            found.append(Listed(path, str(error)))
             continue
         size = sum(file.size for file in manifest.files.values())
-        problems = verify(path, deep=False)
+        problem = "; ".join(verify(path, deep=False))
         time = manifest.time.strftime("%Y-%m-%d %H:%M:%S")
-        found.append(Listed(path, manifest.global_step, manifest.epoch, time, size, "; ".join(problems)))
-    return sorted(found, key=lambda one: (one.time, one.step))
+        found.append(Listed(path, problem, manifest.global_step, manifest.epoch, time, size))
+    return sorted(found, key=lambda one: (one.time or "", one.step or 0))
 
 
 def _candidates(storage: Storage, folder: str, depth: int) -> Iterator[str]:
     if folder.endswith(SUFFIX):
         yield folder
         return
-    try:
+    with reading(folder):
         names = storage.list(folder)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{folder} does not exist, or is no folder.") from error
     for name in sorted(names):
         if names[name] is None and depth and not name.startswith("."):
             path = storage.join(folder, name)
@@ -124,12 +125,8 @@ def differences(one: str, other: str) -> list[Difference]:
     left, right = load(one), load(other)
     found = []
     for part in _PARTS:
-        found += list(_differences_of(part, dict(_leaves(_tree(left, part))), dict(_leaves(_tree(right, part)))))
+        found += list(_differences_of(part, dict(_leaves(getattr(left, part))), dict(_leaves(getattr(right, part)))))
     return found
-
-
-def _tree(loaded: Loaded, part: str) -> Any:
-    return getattr(loaded, part)
 
 
 def _differences_of(part: str, left: dict[str, Any], right: dict[str, Any]) -> Iterator[Difference]:

@@ -64,7 +64,7 @@ def verify(path: str | os.PathLike[str], deep: bool = True) -> list[str]:
         checks = [loaded.check_structure, *(loaded.checks_of_bytes() if deep else ())]
         for check in checks:
             problems += _problem(check)
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 class Loaded:
@@ -127,8 +127,8 @@ class Loaded:
     def extra(self) -> dict[str, Any]:
         """What of the model's state dict is no tensor."""
         where = self._where(TREES)
-        found: dict[str, Any] = decode(take(self._trees, "extra", dict, where), self._read("extra"), f"{where}: model")
-        return found
+        found = decode(take(self._trees, "extra", dict, where), self._read("extra"), f"{where}: model")
+        return take({"extra": found}, "extra", dict, where)
 
     def model_files(self) -> tuple[Files, dict[str, TensorRecord]]:
         """The open files, to be closed by the caller, and the model's tensors by each of their names."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
 from ...errors import CheckpointError
-from .storage import Disk, storage_of
+from .storage import Disk, Storage, reading, storage_of
 
 _PREFIX = "version_"
 _LOCK = ".in-use"
@@ -55,12 +56,7 @@ class FolderLock:
 def claim_version_folder(root: str) -> str:
     """Make and return the next free `version_N` of `root` (a path or a URL); called on one rank."""
     storage, place = storage_of(root)
-    try:
-        names = storage.list(place)
-    except (FileNotFoundError, NotADirectoryError):
-        names = {}
-    taken = [int(name[len(_PREFIX) :]) for name in names if name.startswith(_PREFIX) and name[len(_PREFIX) :].isdigit()]
-    number = max(taken, default=-1) + 1
+    number = max(_taken(storage, place), default=-1) + 1
     while True:
         folder = storage.join(place, f"{_PREFIX}{number}")
         if not isinstance(storage, Disk):
@@ -72,6 +68,20 @@ def claim_version_folder(root: str) -> str:
             number += 1
             continue
         return folder
+
+
+def version_folders(root: str) -> list[str]:
+    """The `version_N` of `root`, the newest first."""
+    storage, place = storage_of(root)
+    return [storage.join(place, f"{_PREFIX}{number}") for number in sorted(_taken(storage, place), reverse=True)]
+
+
+def _taken(storage: Storage, root: str) -> list[int]:
+    """The numbers of the version folders that there are."""
+    names: dict[str, int | None] = {}
+    with reading(root), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = storage.list(root)
+    return [int(name[len(_PREFIX) :]) for name in names if name.startswith(_PREFIX) and name[len(_PREFIX) :].isdigit()]
 
 
 def version_folder_of(path: str, root: str) -> str | None:

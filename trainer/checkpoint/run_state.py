@@ -45,6 +45,7 @@ def save_checkpoint(
                     "global_step": trainer.global_step,
                     "epoch": trainer.current_epoch,
                     "world_size": trainer.world_size,
+                    "weights_only": weights_only,
                 },
                 rank=trainer.global_rank,
             )

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, Protocol
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, CheckpointNotFoundError
 
 _SYNC_EVERY_BYTES = 64 * 2**20
 
@@ -76,6 +76,8 @@ def reading(path: str) -> Iterator[None]:
     """An error of the storage as a CheckpointError that names the path and the cause."""
     try:
         yield
+    except FileNotFoundError as error:  # stores say no more than the path again
+        raise CheckpointNotFoundError(f"{path} does not exist.") from error
     except OSError as error:
         cause = error.strerror or str(error) or type(error).__name__
         raise CheckpointError(f"{path} cannot be read: {cause}.") from error
@@ -232,7 +234,10 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         import fsspec
 
-        self._fs: Any = fsspec.core.url_to_fs(url)[0]
+        try:
+            self._fs: Any = fsspec.core.url_to_fs(url)[0]
+        except (ValueError, ImportError) as error:  # an unknown scheme; a package that is not installed
+            raise CheckpointError(f"{url} cannot be reached: {error}.") from error
 
     def join(self, folder: str, *names: str) -> str:
         """See Storage."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import paceline as pl
-from paceline.trainer.checkpoint import load, save
+from paceline.trainer.checkpoint import load, save, write_pointer
 from paceline.trainer.cli import main
 
 from helpers.resumable import every_save, run, saved_in
@@ -141,6 +141,65 @@ def test_import_reads_a_lightning_checkpoint(tmp_path: Path, capsys: pytest.Capt
     assert torch.equal(averages, optimizer.state[layer.bias]["exp_avg"])
 
 
-def test_a_path_that_is_no_checkpoint_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["checkpoint", "show", str(tmp_path / "none")]) == 1
-    assert "does not exist" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer_states": 5},
+        {"optimizer_states": [{"state": None, "param_groups": [{"params": [0]}]}]},
+        {"optimizer_states": [{"state": {3: {}}, "param_groups": [{"params": [0]}]}]},
+        {"optimizer_states": [{"state": {}, "param_groups": [{"params": ["a", 0]}]}]},
+    ],
+)
+def test_import_leaves_out_optimizers_that_make_no_sense(tmp_path: Path, change: dict[str, Any]) -> None:
+    torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": 3, **change}, tmp_path / "theirs.ckpt")
+    assert main(["checkpoint", "import", str(tmp_path / "theirs.ckpt"), str(tmp_path / "ours")]) == 0
+    loaded = load(tmp_path / "ours.ckpt")
+    assert loaded.optimizer is None and loaded.meta["global_step"] == 3
+
+
+def test_ls_follows_a_pointer_and_tells_what_is_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main(["checkpoint", "ls", "empty"]) == 0
+    assert capsys.readouterr().out == "No checkpoint in empty or below.\n"
+    path = save("x", model={"w": torch.ones(2)}, meta={"global_step": 1, "epoch": 0})
+    (listed,) = said(capsys, "ls", write_pointer("last.ckpt", path))
+    assert (listed["path"], listed["problem"]) == (path, "")
+    os.remove("x.ckpt/manifest.json")
+    (listed,) = said(capsys, "ls", ".")
+    assert listed["step"] is None and "no manifest.json" in listed["problem"]
+    main(["checkpoint", "ls", "."])
+    assert capsys.readouterr().out.split()[7:11] == ["x.ckpt", "it", "has", "no"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("show absent", "absent does not exist"),
+        ("ls absent", "absent does not exist"),
+        ("ls config.json", "config.json cannot be read: Not a directory"),
+        ("show config.json", "is a file, and a checkpoint is a folder"),
+        ("show nosuch://x", "nosuch://x cannot be reached: Protocol not known"),
+        ("diff x.ckpt absent", "absent does not exist"),
+        ("consolidate x.ckpt config.json/y", "config.json/y could not be saved"),
+        ("export x.ckpt out --config absent.json", "absent.json does not exist"),
+        ("export x.ckpt config.json", "config.json/model.safetensors could not be written"),
+        ("export x.ckpt out --prefix z.", "no weight whose name begins with 'z.'"),
+        ("import x.ckpt y", "x.ckpt is a checkpoint of ours already"),
+        ("import config.json y", "config.json cannot be read as weights"),
+        ("import odd.ckpt y", "odd.ckpt: 'epoch' is 'x', expected int"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_line(
+    words: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save("x", model={"w": torch.ones(2)}, meta={"global_step": 1, "epoch": 0})
+    Path("config.json").write_text("{}")
+    torch.save({"state_dict": {"w": torch.ones(2)}, "epoch": "x"}, "odd.ckpt")
+    assert main(["checkpoint", *words.split()]) == 1
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+    assert not Path("out").exists() and not Path("y.ckpt").exists()

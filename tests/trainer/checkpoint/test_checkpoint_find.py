@@ -60,7 +60,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, monkeypat
     assert newest == good
     assert [path for path, _ in skipped] == [unfinished, altered]
     assert "no manifest.json" in skipped[0][1] and "model.safetensors was altered" in skipped[1][1]
-    assert find_newest([tmp_path], deep=False)[0] == altered
+
+
+def test_weights_alone_are_passed_over_where_a_run_is_to_go_on(tmp_path: Path) -> None:
+    whole = save_step(str(tmp_path), 1)
+    meta = {"global_step": 2, "epoch": 0, "weights_only": True}
+    weights = save(tmp_path / "w", model={"w": torch.ones(9)}, meta=meta)
+    assert find_newest([tmp_path]) == (weights, [])
+    newest, skipped = find_newest([tmp_path], to_resume=True)
+    assert newest == whole and skipped == [(weights, "it holds weights only, from which no run can go on")]
 
 
 def test_is_checkpoint_looks_at_the_manifest_only(tmp_path: Path) -> None:

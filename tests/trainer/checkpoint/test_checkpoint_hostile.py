@@ -305,6 +305,7 @@ def test_an_index_that_no_save_writes_is_refused(path: Path, change: Callable[[A
         ([], "no JSON object"),
         ({"extra": {}, "optimizer": None, "state": {"$tensor": "absent"}}, "absent"),
         ({"extra": [], "optimizer": None, "state": None}, "extra"),
+        ({"extra": {"$tuple": []}, "optimizer": None, "state": None}, "extra"),
     ],
 )
 def test_trees_that_no_save_writes_are_refused(path: Path, tree: Any, reason: str) -> None:
