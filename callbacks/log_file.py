@@ -7,9 +7,14 @@ process left is dropped on opening.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from typing import IO, Any, Protocol
+from collections.abc import Iterator
+from io import FileIO
+from typing import Any, Protocol
+
+from ..trainer.rank_zero import rank_zero_warn
 
 _UPLOAD_SECONDS = 60.0
 
@@ -23,7 +28,7 @@ class LogFile(Protocol):
         """Add a line; it may wait in a buffer until `flush`."""
 
     def flush(self) -> None:
-        """Hand the lines to the system; cheap."""
+        """Hand the lines to the system; cheap. A disk that does not take them is told of and tried again."""
 
     def save(self) -> None:
         """Make the lines durable: what a checkpoint relies on."""
@@ -104,26 +109,29 @@ def _file_system(url: str) -> tuple[Any, str]:
 class _DiskFile:
     def __init__(self, path: str) -> None:
         self._path = path
+        self._waiting = bytearray()  # lines that the system has not taken
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         self._drop_half_a_line()
         self._file = self._open()
         self.count = len(self.lines())
 
     def append(self, line: str) -> None:
-        self._file.write(line + "\n")
+        self._waiting += f"{line}\n".encode()
         self.count += 1
 
     def flush(self) -> None:
-        self._file.flush()
+        with self._tolerant():
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
 
     def save(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.flush()
+        with self._tolerant():
+            os.fsync(self._file.fileno())
 
     def lines(self) -> list[str]:
-        self._file.flush()
-        with open(self._path, encoding="utf-8", newline="\n") as file:
-            return [line.rstrip("\n") for line in file]
+        with open(self._path, "rb") as file:
+            return (file.read() + self._waiting).decode().split("\n")[:-1]
 
     def rewrite(self, lines: list[str]) -> None:
         self._file.close()
@@ -133,6 +141,7 @@ class _DiskFile:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self._path)
+        self._waiting.clear()
         self.count = len(lines)
         self._file = self._open()
 
@@ -141,8 +150,16 @@ class _DiskFile:
             self.save()
             self._file.close()
 
-    def _open(self) -> IO[str]:
-        return open(self._path, "a", encoding="utf-8", newline="\n")
+    def _open(self) -> FileIO:
+        return open(self._path, "ab", buffering=0)
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """A disk that takes no more must not end training: what is logged waits for the next try."""
+        try:
+            yield
+        except OSError as error:
+            rank_zero_warn(f"{self._path} cannot be written: {error.strerror}. Its last lines wait in memory.")
 
     def _drop_half_a_line(self) -> None:
         if not os.path.exists(self._path):

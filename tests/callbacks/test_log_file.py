@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from pathlib import Path
 
@@ -54,6 +55,28 @@ def test_a_store_gets_the_lines_at_a_save() -> None:
     assert read_text(url) is None
     file.save()
     assert read_text(url) == "one\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs POSIX limits")
+def test_a_full_disk_is_told_and_no_line_is_lost_once_there_is_room(tmp_path: Path) -> None:
+    import resource
+
+    file = open_log_file(str(tmp_path / "a.txt"))
+    file.append("one")
+    file.flush()
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))  # the disk takes no more than "one\ntw"
+    try:
+        with pytest.warns(UserWarning, match=r"a\.txt cannot be written: File too large"):
+            file.append("two")
+            file.flush()
+        file.append("three")
+        assert file.lines() == ["one", "two", "three"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    file.close()
+    assert (tmp_path / "a.txt").read_text() == "one\ntwo\nthree\n"
 
 
 def test_half_a_line_that_a_killed_process_left_is_dropped(tmp_path: Path) -> None:

@@ -155,16 +155,18 @@ def test_a_full_disk_stops_training_and_leaves_the_older_checkpoint(
     assert saves.best_model_path == saved_in(tmp_path)[0] and load(saves.best_model_path).meta["global_step"] == 2
 
 
+@pytest.mark.parametrize(("then_ok", "newest"), [(True, "epoch=2-step=26.ckpt"), (False, "epoch=0-step=2.ckpt")])
 def test_training_goes_on_without_a_save_where_that_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    then_ok: bool, newest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run("sgd_momentum_by_step", tmp_path / "whole")
-    monkeypatch.setattr(storage, "changing", failing(after=9, then_ok=True))
-    saves = ModelCheckpoint(every_n_train_steps=2, on_save_error="warn")
+    monkeypatch.setattr(storage, "changing", failing(after=9, then_ok=then_ok))
+    saves = ModelCheckpoint(every_n_train_steps=2, save_last=True, on_save_error="warn")
     with pytest.warns(UserWarning, match="No space left on device.* Training goes on"):
         outcome = run("sgd_momentum_by_step", tmp_path / "runs", callbacks=(saves,))
     assert outcome.digests == whole.digests
-    assert [Path(path).name for path in saved_in(tmp_path / "runs")] == ["epoch=2-step=26.ckpt"]
+    assert [Path(path).name for path in saved_in(tmp_path / "runs")] == [newest]
+    assert Path(load(saves.last_model_path).path).name == newest
 
 
 def full_disk(root: Path) -> str:
