@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.rank_zero import rank_zero_only
 from .cut_on_resume import CutOnResume
 from .folder_logger import FolderLogger
@@ -24,6 +25,7 @@ class CSVLogger(CutOnResume, FolderLogger):
     the end comes. A new metric rewrites the file with one column more. A resumed run cuts what came after the save.
     """
 
+    @checked_types
     def __init__(
         self,
         save_dir: str | os.PathLike[str] | None = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class DeviceStatsMonitor(Callback):
     read on the host, only at steps that are logged, at a batch's start and end; of several ranks the largest is logged.
     """
 
+    @checked_types
     def __init__(self, cpu_stats: bool | None = None) -> None:
         self._cpu_stats = cpu_stats
         self._psutil: Any = None

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
+from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
 from ..trainer.rank_zero import rank_zero_info, rank_zero_warn
 from .monitored import Watch, never_logged
@@ -46,6 +48,7 @@ class EarlyStopping(Callback):
     mode_dict = {"min": torch.lt, "max": torch.gt}  # noqa: RUF012 (read by users' subclasses)
     order_dict = {"min": "<", "max": ">"}  # noqa: RUF012
 
+    @checked_types
     def __init__(
         self,
         monitor: str,
@@ -65,7 +68,7 @@ class EarlyStopping(Callback):
         self.monitor = monitor
         self.mode = mode
         self.min_delta = min_delta if mode == "max" else -min_delta
-        self.patience = patience
+        self.patience = check_count("EarlyStopping: patience", patience, 0)
         self.verbose = verbose
         self.strict = strict
         self.check_finite = check_finite

@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, ConfigurationError
+from ..trainer.argument_types import checked_types
+from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
 from ..trainer.rank_zero import rank_zero_info, rank_zero_warn
 from .joined_groups import let_schedulers_follow
@@ -178,6 +180,7 @@ class BackboneFinetuning(BaseFinetuning):
     rounded to `rounding` digits.
     """
 
+    @checked_types
     def __init__(
         self,
         unfreeze_backbone_at_epoch: int = 10,
@@ -191,7 +194,7 @@ class BackboneFinetuning(BaseFinetuning):
         rounding: int = 12,
     ) -> None:
         super().__init__()
-        self.unfreeze_backbone_at_epoch = unfreeze_backbone_at_epoch
+        self.unfreeze_backbone_at_epoch = check_count("unfreeze_backbone_at_epoch", unfreeze_backbone_at_epoch, 0)
         self.lambda_func = lambda_func
         self.backbone_initial_ratio_lr = backbone_initial_ratio_lr
         self.backbone_initial_lr = backbone_initial_lr

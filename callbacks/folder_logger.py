@@ -9,6 +9,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from ..trainer.argument_types import checked_types
 from .log_file import join, list_folder
 from .logger import Logger
 
@@ -22,6 +23,7 @@ _VERSION = re.compile(r"version_(\d+)")
 class FolderLogger(Logger):
     """Without `save_dir` it writes to the trainer's `log_dir`; `version` is a number, or a name used as it is."""
 
+    @checked_types
     def __init__(
         self,
         save_dir: str | os.PathLike[str] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
@@ -10,8 +11,6 @@ from ..trainer.callback import Callback
 from ..trainer.state import TrainerFn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ..trainer.module import Module
     from ..trainer.trainer import Trainer
 
@@ -24,8 +23,8 @@ class GradientAccumulationScheduler(Callback):
     """
 
     def __init__(self, scheduling: Mapping[int, int]) -> None:
-        if not scheduling:
-            raise ConfigurationError("scheduling={} says nothing. Give epochs and factors, as in {0: 8, 4: 4}.")
+        if not scheduling or not isinstance(scheduling, Mapping):
+            raise ConfigurationError(f"scheduling={scheduling!r}: give epochs and factors, as in {{0: 8, 4: 4}}.")
         for epoch, factor in scheduling.items():
             if not _is_count(epoch, 0) or not _is_count(factor, 1):
                 raise ConfigurationError(

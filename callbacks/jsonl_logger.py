@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.rank_zero import rank_zero_only
 from .cut_on_resume import CutOnResume
 from .folder_logger import run_version
@@ -31,6 +32,7 @@ class JSONLLogger(CutOnResume):
     `float()` takes them back. A resumed run goes on after the points that its checkpoint knew of: later ones are cut.
     """
 
+    @checked_types
     def __init__(self, save_dir: str | os.PathLike[str] | None = None) -> None:
         self._given_dir = None if save_dir is None else os.fspath(save_dir)
         self._file: LogFile | None = None

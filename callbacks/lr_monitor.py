@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.optim import NamedGroup, named_param_groups
 
@@ -23,6 +24,7 @@ class LearningRateMonitor(Callback):
     `lrs` keeps what was logged: names → lists.
     """
 
+    @checked_types
     def __init__(
         self,
         logging_interval: Literal["step", "epoch"] | None = None,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..trainer.agreed_clock import AgreedClock
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.checkpoint.run_state import reserve_memory
 from ..trainer.checkpoint.saver import FollowUp
@@ -56,6 +57,7 @@ class ModelCheckpoint(Callback):
     FILE_EXTENSION = ".ckpt"
     STARTING_VERSION = 1
 
+    @checked_types
     def __init__(
         self,
         dirpath: str | os.PathLike[str] | None = None,

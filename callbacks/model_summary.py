@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.prefetch import move
 from ..trainer.rng import isolated
@@ -32,6 +33,7 @@ _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 class ModelSummary(Callback):
     """Prints the table on rank 0; `max_depth` 1 shows the module's own layers, -1 all, 0 nothing."""
 
+    @checked_types
     def __init__(self, max_depth: int = 1) -> None:
         _check_depth(max_depth)
         self._max_depth = max_depth

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.rank_zero import rank_zero_info, rank_zero_warn
 from .log_file import join
@@ -23,6 +24,7 @@ class OnExceptionCheckpoint(Callback):
 
     FILE_EXTENSION = ".ckpt"
 
+    @checked_types
     def __init__(self, dirpath: str | os.PathLike[str], filename: str = "on_exception") -> None:
         if not filename or "/" in filename:
             raise ConfigurationError(f"OnExceptionCheckpoint(filename={filename!r}): expected a plain name.")

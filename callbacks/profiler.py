@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from .log_file import join, write_text
 from .profiling_tools import PythonProfile, Tool, TorchProfile
@@ -80,6 +81,7 @@ class Profiler(Callback):
     `with profiler.profile("name"):` measures a block of one's own.
     """
 
+    @checked_types
     def __init__(
         self,
         kind: Literal["simple", "advanced", "pytorch"] = "simple",

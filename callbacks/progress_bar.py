@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Stage:
 class ProgressBar(Callback):
     """Draws nothing by itself. `get_metrics`, `enable`, `disable` and `print` are there to be overridden or called."""
 
+    @checked_types
     def __init__(self, refresh_rate: int = 1) -> None:
         if refresh_rate < 0:
             raise ConfigurationError(f"refresh_rate={refresh_rate}: use 0 for no bar, or draw every that many batches.")

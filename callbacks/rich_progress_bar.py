@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..trainer.argument_types import checked_types
 from .progress_bar import ProgressBar, Stage, clock
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class RichProgressBar(ProgressBar):
     ends with one plain line.
     """
 
+    @checked_types
     def __init__(
         self,
         refresh_rate: int = 1,

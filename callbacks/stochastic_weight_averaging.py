@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.hooks import without_missing
 from ..trainer.metric_objects import untouched
@@ -40,6 +41,7 @@ class StochasticWeightAveraging(Callback):
     BatchNorm's statistics are those of one more pass over the training data, by `training_step` without gradients.
     """
 
+    @checked_types
     def __init__(
         self,
         swa_lrs: float | Sequence[float],

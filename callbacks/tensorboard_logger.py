@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.rank_zero import rank_zero_only, rank_zero_warn
 from .folder_logger import FolderLogger
 from .log_file import join, write_text
@@ -28,6 +29,7 @@ class TensorBoardLogger(FolderLogger):
     makes TensorBoard drop (`purge_step`) what older ones hold from the first update after the save on.
     """
 
+    @checked_types
     def __init__(
         self,
         save_dir: str | os.PathLike[str] | None = None,

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.loaders import batch_size_of
 
@@ -50,6 +51,7 @@ class ThroughputMonitor(Callback):
     `device/mfu` is their share of `available_flops`, what a device can do in a second. Evaluations log when they end.
     """
 
+    @checked_types
     def __init__(
         self,
         batch_size_fn: Callable[[Any], int] | None = None,

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.arguments import parse_seconds
 from ..trainer.callback import Callback
 from ..trainer.rank_zero import rank_zero_info
@@ -25,6 +26,7 @@ class Timer(Callback):
     Stages are `"train"`, `"validate"` and `"test"`; times are those of `time.monotonic`, in seconds.
     """
 
+    @checked_types
     def __init__(
         self,
         duration: str | timedelta | dict[str, int] | None = None,

@@ -9,6 +9,7 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..trainer.argument_types import checked_types
 from .progress_bar import ProgressBar, Stage
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class TQDMProgressBar(ProgressBar):
 
     BAR_FORMAT = _FORMAT
 
+    @checked_types
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
         super().__init__(refresh_rate)
         self._process_position = process_position

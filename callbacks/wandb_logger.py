@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.rank_zero import rank_zero_only
 from .log_file import is_url, join, read_text, write_text
 from .log_values import add_prefix, hparams_dict, jsonable, plain_number
@@ -38,6 +39,7 @@ class WandbLogger(Logger):
     end, `"all"` each when it is saved, as artifacts named `checkpoint_name` (default `model-<id>`).
     """
 
+    @checked_types
     def __init__(
         self,
         name: str | None = None,

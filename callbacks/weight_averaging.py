@@ -13,6 +13,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import ConfigurationError
+from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.state import TrainerFn
 from .averaged_weights import AveragedWeights, AverageFunction, MultiAverageFunction
@@ -34,6 +35,7 @@ class WeightAveraging(Callback):
     #: Checkpoints of weights alone must be changed too.
     changes_saved_weights = True
 
+    @checked_types
     def __init__(
         self,
         device: torch.device | str | int | None = None,
@@ -176,6 +178,7 @@ class EMAWeightAveraging(WeightAveraging):
     from 0), and after each epoch from `update_starting_at_epoch` on, if given.
     """
 
+    @checked_types
     def __init__(
         self,
         device: torch.device | str | int | None = None,

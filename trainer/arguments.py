@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import operator
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from datetime import timedelta
 from typing import Any, ParamSpec
 
 from ..errors import ConfigurationError, UnknownArgumentError, WrongTypeError
+from .argument_types import check_types, kinds_of
 from .hooks import overridden
 from .module import Module
 
@@ -64,12 +66,15 @@ REMOVED_ARGUMENTS = {
 def named_only(init: Callable[P, None]) -> Callable[P, None]:
     """`Trainer.__init__`, which keeps the arguments that were named as `given`, and refuses all others."""
     known = list(inspect.signature(init).parameters)[1:]
+    # Numbers have checks of their own below, which tell their range too.
+    kinds = {name: kind for name, kind in kinds_of(init).items() if kind[0] not in ("int", "float")}
 
     @functools.wraps(init)
     def checked(trainer: Any, *values: Any, **given: Any) -> None:
         if values:
             raise WrongTypeError(f"Trainer({values[0]!r}): nothing is positional; write Trainer(name=value).")
         refuse_unknown({name: value for name, value in given.items() if name not in known}, known)
+        check_types("Trainer", kinds, given)
         trainer.given = given
         init(trainer, **given)
 
@@ -109,12 +114,15 @@ def check_count(name: str, value: Any, least: int = 1, special: tuple[Any, ...] 
     """A whole number of at least `least`, or one of `special`."""
     if value in special and not isinstance(value, bool):
         return value
+    number = value
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        number = int(value)
+    elif hasattr(value, "__index__") and not isinstance(value, bool):
+        number = operator.index(value)  # those of NumPy and torch too
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
         also = "".join(f" or {s}" for s in special)
         raise ConfigurationError(f"{name}={value!r} is not a whole number of at least {least}{also}.")
-    return value
+    return number
 
 
 def parse_seconds(name: str, value: Any) -> float | None:
@@ -213,7 +221,8 @@ class Arguments:
                 f"compile={given['compile']!r}: use True, 'blocks', or a dict of torch.compile's options."
             )
         check_count("num_nodes", given["num_nodes"])
-        fast = check_count("fast_dev_run", int(given["fast_dev_run"]), 0)
+        fast = given["fast_dev_run"]
+        fast = int(fast) if isinstance(fast, bool) else check_count("fast_dev_run", fast, 0)
         extras = not (barebones or fast)
         n_epoch = given["check_val_every_n_epoch"]
         interval = given["val_check_interval"]

@@ -7,14 +7,17 @@ The messages are the subject here. Hooks that are misspelt are in `test_hooks.py
 from __future__ import annotations
 
 import inspect
+import re
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 import paceline as pl
+from paceline import callbacks
 from paceline.callbacks import EarlyStopping, ModelCheckpoint
 from paceline.errors import ConfigurationError, LaunchError, PacelineError, UnknownArgumentError
 from paceline.trainer.arguments import REMOVED_ARGUMENTS
@@ -52,6 +55,38 @@ def test_a_misspelt_argument_names_the_nearest_right_one(wrong: str, right: str)
         UnknownArgumentError, match=rf"Trainer\({wrong}=1\): there is no argument '{wrong}'.*mean '{right}'"
     ):
         pl.Trainer(**{wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "message"),
+    [
+        (pl.Trainer, {"enable_checkpointing": "False"}, "expected True or False or None, got str"),
+        (pl.Trainer, {"inference_mode": 2}, "expected True or False, got int"),
+        (pl.Trainer, {"default_root_dir": 3}, "expected a path or None, got int"),
+        (pl.Trainer, {"fast_dev_run": "yes"}, "is not a whole number of at least 0"),
+        (EarlyStopping, {"monitor": 3}, "expected a text, got int"),
+        (EarlyStopping, {"monitor": "loss", "patience": "3"}, "expected a whole number, got str"),
+        (EarlyStopping, {"monitor": "loss", "patience": -1}, "is not a whole number of at least 0"),
+        (EarlyStopping, {"monitor": "loss", "min_delta": "0.1"}, "expected a number, got str"),
+        (EarlyStopping, {"monitor": "loss", "stopping_threshold": "1"}, "expected a number or None, got str"),
+        (ModelCheckpoint, {"every_n_epochs": 1.5}, "expected a whole number or None, got float"),
+        (ModelCheckpoint, {"train_time_interval": 60}, "expected a timedelta or None, got int"),
+        (ModelCheckpoint, {"dirpath": 3}, "expected a path or None, got int"),
+        (callbacks.BackboneFinetuning, {"unfreeze_backbone_at_epoch": -1}, "is not a whole number of at least 0"),
+        (callbacks.GradientAccumulationScheduler, {"scheduling": "4"}, "give epochs and factors, as in {0: 8, 4: 4}"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_where_it_is_given(make: Any, wrong: Any, message: str) -> None:
+    name, value = list(wrong.items())[-1]
+    with pytest.raises(ConfigurationError, match=rf"{name}={re.escape(repr(value))}.*{re.escape(message)}"):
+        make(**wrong)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    stop = EarlyStopping("loss", min_delta=np.float32(0.5), patience=np.int64(2), stopping_threshold=torch.tensor(0.1))
+    assert (stop.patience, stop.stopping_threshold) == (2, torch.tensor(0.1))
+    assert ModelCheckpoint(verbose=np.bool_(True)).verbose
+    assert pl.Trainer(max_epochs=np.int64(3), logger=False).max_epochs == 3
 
 
 @pytest.mark.parametrize("name", REMOVED_ARGUMENTS)
