@@ -182,6 +182,9 @@ class Strategy:
     def sync_buffers(self) -> None:
         """Give every rank the buffers of which a checkpoint holds one copy; before evaluation inside `fit`."""
 
+    def trainable_changed(self) -> None:
+        """Which parameters need gradients was changed between two forward passes of one step; manual optimization."""
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average `.grad` over the ranks in one flat all-reduce; for manual optimization."""
 

@@ -22,7 +22,9 @@ _LARGE = 0.25
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The layers that `model` repeats, outermost first choice; empty where none repeats.
 
-    Layers with layers of their own (a transformer's block) are preferred to bare ones (a Linear).
+    Layers with layers of their own (a transformer's block) are preferred to bare ones (a Linear). Like parts of a
+    ModuleDict are left out: what is looked up by name (experts, adapters, heads of tasks) may differ between ranks,
+    which would then gather each other's parameters.
     """
     total = sum(p.numel() for p in model.parameters()) or 1
     return list(_repeated(model, total, bare=False)) or list(_repeated(model, total, bare=True))
@@ -88,6 +90,8 @@ def _class_name(module: nn.Module) -> str:
 def _repeated(model: nn.Module, total: int, bare: bool) -> Iterator[nn.Module]:
     children = [child for child in dict.fromkeys(model.children()) if any(True for _ in child.parameters())]
     counts = Counter(type(child) for child in children)
+    if isinstance(model, nn.ModuleDict):
+        children = [child for child in children if counts[type(child)] == 1]
     for child in children:
         own = any(True for _ in child.children()) and not isinstance(child, (nn.ModuleList, nn.ModuleDict))
         if counts[type(child)] > 1 and (own or (bare and not isinstance(child, (nn.ModuleList, nn.ModuleDict)))):

@@ -23,7 +23,9 @@ from .base import Strategy, register_strategy
 from .blocks import described, find_blocks, named_blocks, without_shared
 from .cluster import Cluster
 from .precision import Precision
+from .same_use import SameUse
 from .steps import Steps
+from .whole_use import on_meta, refuse_shards_in, refuse_stray_gradients, take_whole_state, with_reasons
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,6 +43,8 @@ class FSDP(Strategy):
     `activation_checkpointing`: a block keeps only its inputs and computes again in the backward pass.
     `autocast`: whether "*-mixed" computes as under every other strategy, norms and losses in float32 (the default);
     without it all of a block computes in the low precision, as in most hand-written `fully_shard` loops.
+    `find_unused_parameters`: a rank may leave out of its loss what others train, if it is in no block: experts, heads
+    of tasks. What no rank used then counts as used, with a gradient of zero.
     `sync_every_micro_batch`: False saves communication within a window of several micro-batches and costs every rank
     the memory of the whole model's gradients.
     """
@@ -58,6 +62,7 @@ class FSDP(Strategy):
         cpu_offload: bool = False,
         activation_checkpointing: bool = False,
         autocast: bool = True,
+        find_unused_parameters: bool = False,
         sync_every_micro_batch: bool = True,
     ) -> None:
         super().__init__()
@@ -67,10 +72,13 @@ class FSDP(Strategy):
         self.cpu_offload = cpu_offload
         self.activation_checkpointing = activation_checkpointing
         self.autocast = autocast
+        self.find_unused_parameters = find_unused_parameters
         self.sync_every_micro_batch = sync_every_micro_batch
         self._mesh: DeviceMesh | None = None
         self._roots: list[nn.Module] = []
         self._unreduced = False
+        self._refusals: list[Any] = []
+        self._same_use = SameUse()
 
     # --- ranks ---------------------------------------------------------------------------------------------------
     @property
@@ -103,7 +111,7 @@ class FSDP(Strategy):
     # --- the module ----------------------------------------------------------------------------------------------
     def building(self) -> AbstractContextManager[Any]:
         """`configure_model` builds on the meta device: `place` gives each rank its shards and their values."""
-        return torch.device("meta") if self.sharded else nullcontext()
+        return on_meta(self.name) if self.sharded else nullcontext()
 
     def place(self, module: nn.Module, precision: Precision) -> None:
         """Shard the module; one that is sharded already, by an earlier call, stays as it is."""
@@ -121,6 +129,11 @@ class FSDP(Strategy):
                 raise ConfigurationError(
                     f"The module was sharded with precision={before!r}, now it is {precision.name!r}. Use {before!r}, "
                     "or a new module and the weights of a checkpoint."
+                )
+            if sharding.is_meta(module):
+                raise ConfigurationError(
+                    f"configure_model of {type(module).__name__} built layers anew in a second call, so what was "
+                    "trained is lost. Begin it with a return where they are there: `if hasattr(self, ...): return`."
                 )
             return
         _check(module, self)
@@ -140,6 +153,7 @@ class FSDP(Strategy):
             initialise(module, device, dtypes, self.filled_later)
         if self.rank == 0:
             print(self._told(module, blocks, meta), flush=True)
+        take_whole_state(module)
         module.__dict__["_sharded_roots"] = self._roots, precision.name
 
     def _options(self) -> Any:
@@ -153,6 +167,7 @@ class FSDP(Strategy):
             forward_prefetch=self.forward_prefetch,
             cpu_offload=self.cpu_offload,
             activation_checkpointing=self.activation_checkpointing,
+            find_unused_parameters=self.find_unused_parameters,
         )
 
     def _find_blocks(self, module: nn.Module) -> list[nn.Module]:
@@ -191,11 +206,24 @@ class FSDP(Strategy):
         return text
 
     def wrap(self) -> None:
-        """Nothing: `place` did it, and what is trainable is looked up at each step."""
+        """Refuse gradients of which `place` knows nothing; what is trainable is looked up at each step."""
+        self.unwrap()
+        if self.sharded and self.module is not None:
+            self._refusals = refuse_stray_gradients(self.module, self.name)
+
+    def unwrap(self) -> None:
+        """Take back the refusals of `wrap`."""
+        while self._refusals:
+            self._refusals.pop().remove()
 
     def training_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step` inside the root's forward, which gathers what the blocks do not."""
         return self._rooted(self._in_precision(step))
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """As the base class does; ConfigurationError for a loss of shards."""
+        refuse_shards_in(loss, self.name)
+        return super().scale(loss)
 
     def evaluation_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """As in training; afterwards all parameters are shards again, since no backward pass makes them so."""
@@ -224,8 +252,10 @@ class FSDP(Strategy):
                 dist.broadcast(buffer, 0)
 
     def _rooted(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        if not self.sharded or not isinstance(root := self._roots[0], Steps):
+        if not self.sharded:
             return step
+        if not isinstance(root := self._roots[0], Steps):
+            return with_reasons(step, self.name)
         running = [
             buffer
             for part in root.modules()
@@ -238,7 +268,7 @@ class FSDP(Strategy):
                 dist.broadcast(buffer, 0)
             return root(step, *args)
 
-        return run
+        return with_reasons(run, self.name)
 
     # --- gradients and steps -------------------------------------------------------------------------------------
     def sync_gradients(self, enabled: bool) -> None:
@@ -259,6 +289,13 @@ class FSDP(Strategy):
 
             forget_unreduced(self._roots)
         super().drop_window()
+
+    def trainable_changed(self) -> None:
+        """Free what is gathered: a gathered parameter needs gradients if its shard did when it was gathered."""
+        if self.sharded:
+            from .sharding import reshard
+
+            reshard(self._roots)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Nothing: each backward pass of a sharded module ends with the gradients reduced."""
@@ -281,7 +318,10 @@ class FSDP(Strategy):
         return norm
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> bool:
-        """As the base class does; ConfigurationError for an optimizer whose operations torch cannot do on shards."""
+        """As the base class does; ConfigurationError for an optimizer whose operations torch cannot do on shards, and
+        where ranks trained other parameters than others."""
+        if self.sharded and self.module is not None:
+            self._same_use.check(optimizer, self.module, self)
         if closure is not None:
             return super().optimizer_step(optimizer, closure, **kwargs)
         with self._refusals_of_shards(optimizer):

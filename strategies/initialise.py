@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from .sharding import whole
+from .sharding import local, sharded_like, whole
 
 _Initialiser = Callable[[], Any]
 
@@ -170,11 +170,4 @@ def _run(part: nn.Module, full: dict[str, Tensor], initialiser: _Initialiser | N
 @torch.no_grad()
 def _keep(tensor: Tensor, full: Tensor) -> None:
     """Give `tensor` its share of `full`."""
-    from torch.distributed.tensor import DTensor, distribute_tensor  # heavy, see sharding.py
-
-    if isinstance(tensor, DTensor):
-        moved = full.to(tensor.device_mesh.device_type, tensor.dtype)
-        mine = distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.to_local().copy_(mine.to_local())
-    else:
-        tensor.copy_(full)
+    local(tensor).copy_(local(sharded_like(tensor, full)) if hasattr(tensor, "placements") else full)

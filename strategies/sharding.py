@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import ConfigurationError
 from .precision import Precision
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Sharding:
     forward_prefetch: int
     cpu_offload: bool
     activation_checkpointing: bool
+    find_unused_parameters: bool
 
     def apply(self, module: nn.Module, root: bool = False) -> None:
         """`fully_shard` with these options."""
@@ -74,6 +76,8 @@ def shard(roots: Iterable[nn.Module], blocks: list[nn.Module], sharding: Shardin
     for sharded in (part for root in roots for part in fsdp_modules(root)):
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+        if sharding.find_unused_parameters:
+            _reduce_unused(sharded)
     if sharding.forward_prefetch:
         held: list[Any] = blocks
         for i, block in enumerate(held):
@@ -121,6 +125,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_like(tensor: Tensor, full: Tensor) -> Tensor:
+    """`full`, alike on all ranks, sharded as the DTensor `tensor` is; nothing is communicated."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(tensor, DTensor)
+    moved = full.to(tensor.device_mesh.device_type, tensor.dtype)
+    return distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
 def is_meta(module: nn.Module) -> bool:
     """Whether anything of the module still lacks its data."""
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
@@ -136,6 +149,16 @@ def move_and_agree(part: nn.Module, device: torch.device) -> None:
         if tensor.device != device:
             tensor.data = tensor.data.to(device)
         dist.broadcast(tensor.detach(), 0)
+
+
+def _reduce_unused(part: Any) -> None:
+    """Let `part` reduce zeros in the place of gradients that are not there."""
+    if not hasattr(part, "set_reduce_scatter_unused_params"):
+        raise ConfigurationError(
+            f"find_unused_parameters=True needs torch 2.13, this is {torch.__version__}. Use every parameter on every "
+            "rank (`loss + 0 * sum(p.sum() for p in unused)`), or strategy='ddp_find_unused_parameters_true'."
+        )
+    part.set_reduce_scatter_unused_params(True, recurse=False)
 
 
 def _checkpoint_activations(block: nn.Module) -> None:

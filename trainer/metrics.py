@@ -88,6 +88,8 @@ class Metrics:
         rank_zero_only: bool = False,
     ) -> None:
         """Keep `value` of `name` for the hook under way; ConfigurationError for misuse."""
+        if type(value) is not Tensor and hasattr(value, "full_tensor"):
+            value = value.detach().full_tensor()  # of shards: a collective, so also on ranks that keep nothing
         if self.muted or (rank_zero_only and not self._strategy.is_global_zero):
             return
         entries = self._evaluation if self.evaluating else self._training

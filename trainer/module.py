@@ -27,12 +27,12 @@ class Module(HyperParameters, DataHooks, nn.Module):
     """Subclass it: layers in `__init__`, `training_step`, `configure_optimizers`, and whatever hooks you need."""
 
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
+    automatic_optimization: bool = True
 
     def __init__(self) -> None:
         super().__init__()
         self._trainer: Trainer | None = None
         self.example_input_array: Any = None
-        self.automatic_optimization = True
         self._strict_loading = True
         self.prepare_data_per_node = True
 
@@ -347,12 +347,14 @@ class Module(HyperParameters, DataHooks, nn.Module):
         from .optim import toggle_optimizer
 
         toggle_optimizer(self, optimizer, self.trainer.optimizers)
+        self.trainer.strategy.trainable_changed()
 
     def untoggle_optimizer(self, optimizer: Optimizer) -> None:
         """Undo `toggle_optimizer`."""
         from .optim import untoggle_optimizer
 
         untoggle_optimizer(self, optimizer)
+        self.trainer.strategy.trainable_changed()
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Iterator[None]:

@@ -240,6 +240,11 @@ def exercise_sync_buffers(strategy: Strategy) -> Any:
 
 
 @exercise
+def exercise_trainable_changed(strategy: Strategy) -> Any:
+    return strategy.trainable_changed()
+
+
+@exercise
 def exercise_average_gradients(strategy: Strategy) -> Any:
     """Also where a rank has no gradient; a second time changes nothing."""
     module = nn.Linear(2, 1)

@@ -177,6 +177,14 @@ def test_repeated_layers_are_found_and_bare_ones_only_where_there_are_no_others(
     assert find(nn.Linear(2, 2)) == ""
 
 
+def test_what_is_looked_up_by_name_is_no_block() -> None:
+    """Ranks may look up different ones, and would gather each other's."""
+    experts = nn.ModuleDict({name: Block() for name in "abc"})
+    assert find(nn.ModuleDict({"experts": experts, "h": nn.ModuleList(Block() for _ in range(2))})) == (
+        "2 x Block (h.0 ... h.1)"
+    )
+
+
 def test_blocks_can_be_named_by_class_name_or_path() -> None:
     model = Layered()
     for wanted in (Block, "Block"):

@@ -31,9 +31,10 @@ class TwoPlayers(pl.Module):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
         makes, judges = self.optimizers()
-        judges.zero_grad()
-        self.backward_of(F.mse_loss(self.judge(self.maker(x).detach()).squeeze(-1), y))
-        judges.step()
+        with judges.toggle_model():
+            judges.zero_grad()
+            self.backward_of(F.mse_loss(self.judge(self.maker(x).detach()).squeeze(-1), y))
+            judges.step()
         makes.zero_grad()
         self.toggle_optimizer(makes)
         self.backward_of(-F.mse_loss(self.judge(self.maker(x)).squeeze(-1), y))

@@ -107,6 +107,19 @@ def test_the_options_of_log_dict_may_be_given_in_order_by_modules_and_callbacks(
     assert trainer.progress_bar_metrics == {"a": 1.0, "b": 2.0}
 
 
+class ByHand(Sums):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        super().training_step(batch, batch_idx)  # and no step of the optimizer
+
+
+def test_manual_optimization_may_be_said_by_the_class() -> None:
+    trainer = tiny_trainer()
+    trainer.fit(ByHand(), numbers(4))
+    assert trainer.global_step == 0
+
+
 def test_a_toggled_optimizer_is_untoggled_after_the_block() -> None:
     class Toggles(Layered):
         def __init__(self) -> None:

@@ -1,0 +1,94 @@
+"""What users do with a model as if it were whole, while ranks hold shards: made to work, or refused with the reason.
+
+Within a step a block's parameters are whole in its own forward, those outside blocks everywhere; between steps all are
+shards. torch answers what goes beyond that in its own terms, or not at all: gradients that reach a shard past its layer
+are never summed over the ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError
+
+_TORCH_SAYS = ("mixed torch.Tensor and DTensor", "uniform original parameter dtype")
+
+
+def with_reasons(step: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`step`, with torch's errors about shards in the user's terms."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return step(*args)
+        except (RuntimeError, AssertionError) as error:
+            if _TORCH_SAYS[0] in str(error):
+                raise _used_outside("parameters of a block", name) from error
+            if _TORCH_SAYS[1] in str(error):
+                raise ConfigurationError(
+                    f"{name} gathers what a block trains in one type, but there are several: "
+                    f"{str(error).partition('got ')[2]}. Train all of it in one, or name smaller blocks=[...]."
+                ) from error
+            raise
+
+    return run
+
+
+def refuse_shards_in(loss: Tensor, name: str) -> None:
+    """ConfigurationError for a loss of shards, whose backward pass would fail in torch's own terms."""
+    if hasattr(loss, "full_tensor"):
+        raise _used_outside("parameters of a block", name)
+
+
+def refuse_stray_gradients(module: nn.Module, name: str) -> list[Any]:
+    """Hooks (to be removed) that refuse a gradient which reaches a shard past the layer that gathers it."""
+
+    def refuse(parameter: str, _: Tensor) -> None:
+        raise _used_outside(repr(parameter), name)
+
+    return [p.register_hook(partial(refuse, path)) for path, p in module.named_parameters() if p.requires_grad]
+
+
+def _used_outside(what: str, name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"A step used {what} outside the forward of that block, where {name} keeps shards, whose gradients would not "
+        "be summed over the ranks. Call the block itself, not another method of it; or call its unshard() before; or "
+        "leave it out of blocks=[...]: parameters outside blocks may be used anywhere in a step."
+    )
+
+
+@contextmanager
+def on_meta(name: str) -> Iterator[None]:
+    """`configure_model` builds on the meta device; ConfigurationError where it copies weights to what has no memory."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("error", "for .*: copying from a non-meta parameter")
+        try:
+            yield
+        except UserWarning as warning:
+            raise ConfigurationError(
+                f"load_state_dict in configure_model copies nothing ({str(warning).partition(':')[0]}): {name} builds "
+                "layers on the meta device and shards them before they get values. Use "
+                "self.trainer.load_weights(path) there, which reads no more than each rank's shards, or "
+                "load_state_dict(state, assign=True)."
+            ) from warning
+
+
+def take_whole_state(module: nn.Module) -> None:
+    """Let `load_state_dict`, of the module and of its parts, take whole tensors: each rank keeps its shards."""
+    for part in module.modules():
+        part.register_load_state_dict_pre_hook(_cut)
+
+
+def _cut(part: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    from .sharding import sharded_like
+
+    for name, parameter in part.named_parameters(prefix.removesuffix("."), recurse=False):
+        value = state.get(name)
+        if hasattr(parameter, "placements") and isinstance(value, Tensor) and not hasattr(value, "placements"):
+            state[name] = sharded_like(parameter, value)
