@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from ..errors import ConfigurationError, WrongTypeError
 from .datamodule import DataHooks
 from .hparams import HyperParameters, on_class_only
+from .optimizer_handle import toggle_optimizer, untoggle_optimizer
 from .rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -299,9 +301,9 @@ class Module(HyperParameters, DataHooks, nn.Module):
             name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, batch_size, add_dataloader_idx, rank_zero_only
         )  # fmt: skip
         if torch.compiler.is_compiling():  # in a compiled forward; traced, it would be compiled anew at each step
-            _call_uncompiled(self._trainer._metrics.log, *arguments)
+            _call_uncompiled(self._trainer.metrics.log, *arguments)
         else:
-            self._trainer._metrics.log(*arguments)
+            self._trainer.metrics.log(*arguments)
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **options: Any) -> None:
         """`log` for every item, with its options; also for a torchmetrics.MetricCollection."""
@@ -324,11 +326,11 @@ class Module(HyperParameters, DataHooks, nn.Module):
         named = trainer.arguments.gradient_clip_algorithm
         algorithm = _agreed("gradient_clip_algorithm", gradient_clip_algorithm, named)
         if value:
-            trainer._clip_gradients(optimizer, value, algorithm or "norm")
+            trainer.stepper.clip_gradients(optimizer, value, algorithm or "norm")
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """The optimizer, or the list of them, as thin wrappers whose `step` applies the precision policy."""
-        handles = self.trainer._optimizer_handles() if use_pl_optimizer else list(self.trainer.optimizers)
+        handles = self.trainer.stepper.handles if use_pl_optimizer else list(self.trainer.optimizers)
         return handles[0] if len(handles) == 1 else handles
 
     def lr_schedulers(self) -> Any:
@@ -340,19 +342,15 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Manual optimization: a backward pass whose gradients are averaged over the ranks."""
-        self.trainer._manual_backward(loss, *args, **kwargs)
+        self.trainer.stepper.backward_by_hand(loss, *args, **kwargs)
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Only the parameters of `optimizer` need gradients until `untoggle_optimizer`."""
-        from .optim import toggle_optimizer
-
         toggle_optimizer(self, optimizer, self.trainer.optimizers)
         self.trainer.strategy.trainable_changed()
 
     def untoggle_optimizer(self, optimizer: Optimizer) -> None:
         """Undo `toggle_optimizer`."""
-        from .optim import untoggle_optimizer
-
         untoggle_optimizer(self, optimizer)
         self.trainer.strategy.trainable_changed()
 
@@ -367,7 +365,13 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Tensors (in any nesting) of all ranks, each stacked to (world_size, *shape); on one rank as they are."""
-        return self.trainer._all_gather(data, group, sync_grads)
+        strategy = self.trainer.strategy
+
+        def gather(item: Any) -> Any:
+            tensor = item if isinstance(item, Tensor) else torch.tensor(item, device=strategy.device)
+            return strategy.all_gather(tensor, sync_grads)
+
+        return pytree.tree_map_only((Tensor, int, float), gather, data)
 
     def freeze(self) -> None:
         """No parameter needs gradients; evaluation mode."""

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-
-class _Toggles(Protocol):
-    """A module, as far as `OptimizerHandle.toggle_model` needs it."""
-
-    def toggle_optimizer(self, optimizer: Optimizer) -> None: ...
-
-    def untoggle_optimizer(self, optimizer: Optimizer) -> None: ...
-
-
 # Type checkers see an optimizer, so that a handle goes wherever one is asked for. At run time nothing is inherited:
 # an inherited method would act on the handle's own, empty state.
 if TYPE_CHECKING:
+    from .module import Module
+
     _Base = Optimizer
 else:
     _Base = object
@@ -40,9 +33,9 @@ class OptimizerHandle(_Base):
     optimizer: Optimizer
     stepped: int
     _stepper: Callable[..., bool]
-    _module: _Toggles | None
+    _module: Module | None
 
-    def __init__(self, optimizer: Optimizer, stepper: Callable[..., bool], module: _Toggles | None = None) -> None:
+    def __init__(self, optimizer: Optimizer, stepper: Callable[..., bool], module: Module | None = None) -> None:
         self.__dict__.update(optimizer=optimizer, stepped=0, _stepper=stepper, _module=module)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:

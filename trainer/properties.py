@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,9 @@ from .optim import estimated_stepping_batches
 from .state import Progress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import timedelta
+
     from ..strategies.base import Strategy
     from .arguments import Arguments
     from .callback import Callback
@@ -23,6 +26,18 @@ if TYPE_CHECKING:
     from .loop import Fit
     from .metrics import Metrics
     from .module import Module
+
+
+def _argument(name: str) -> Any:
+    return property(attrgetter(f"arguments.{name}"))
+
+
+def _limit(stage: str) -> Any:
+    def limit(trainer: TrainerProperties) -> int | float:
+        given = trainer.arguments.limit_of(stage)
+        return 1.0 if given is None else given
+
+    return property(limit)
 
 
 class TrainerProperties:
@@ -35,11 +50,13 @@ class TrainerProperties:
     data_settings: DataSettings | None
     evaluation: Evaluation | None
     fit_run: Fit | None
+    load_train_data: Callable[[], PlannedData | StreamedData]
     metrics: Metrics
     module: Module | None
     precision_policy: Any
     progress: Progress
     run_folder: str | None
+    set_callbacks: Callable[[list[Callback]], None]
     state: TrainerState
     train_data: PlannedData | StreamedData | None
     strategy: Strategy
@@ -105,10 +122,6 @@ class TrainerProperties:
                 steps = callback.estimated_steps(limits.max_epochs, limits.max_steps, data.num_batches, steps)
         return steps
 
-    def load_train_data(self) -> PlannedData | StreamedData:
-        """The training data of `fit`, made when first asked for."""
-        raise NotImplementedError
-
     @property
     def accumulate_grad_batches(self) -> int:
         """Micro-batches of a rank in a window. While `fit` runs, what is set counts from the next epoch on."""
@@ -136,51 +149,23 @@ class TrainerProperties:
         running = self.state.status is TrainerStatus.RUNNING and self.state.fn is TrainerFn.FITTING
         return self.data_settings if running else None
 
-    # --- limits -----------------------------------------------------------------------------------------------
-    @property
-    def max_epochs(self) -> int | None:
-        """As given."""
-        return self.arguments.max_epochs
-
-    @property
-    def max_steps(self) -> int:
-        """As given; -1 for no limit."""
-        return self.arguments.max_steps
-
-    @property
-    def min_epochs(self) -> int | None:
-        """As given."""
-        return self.arguments.min_epochs
-
-    @property
-    def min_steps(self) -> int | None:
-        """As given."""
-        return self.arguments.min_steps
-
-    @property
-    def limit_train_batches(self) -> int | float:
-        """As given; 1.0 for all."""
-        return _all(self.arguments.limit_of("train"))
-
-    @property
-    def limit_val_batches(self) -> int | float:
-        """As given; 1.0 for all."""
-        return _all(self.arguments.limit_of("val"))
-
-    @property
-    def limit_test_batches(self) -> int | float:
-        """As given; 1.0 for all."""
-        return _all(self.arguments.limit_of("test"))
-
-    @property
-    def limit_predict_batches(self) -> int | float:
-        """As given; 1.0 for all."""
-        return _all(self.arguments.limit_of("predict"))
-
-    @property
-    def overfit_batches(self) -> int | float:
-        """As given."""
-        return self.arguments.overfit_batches
+    # --- arguments, as given (limits: 1.0 for all batches) ------------------------------------------------------
+    max_epochs: int | None = _argument("max_epochs")
+    max_steps: int = _argument("max_steps")
+    min_epochs: int | None = _argument("min_epochs")
+    min_steps: int | None = _argument("min_steps")
+    overfit_batches: int | float = _argument("overfit_batches")
+    val_check_interval: int | float | timedelta = _argument("val_check_interval")
+    check_val_every_n_epoch: int | None = _argument("check_val_every_n_epoch")
+    gradient_clip_val: float | None = _argument("gradient_clip_val")
+    log_every_n_steps: int = _argument("log_every_n_steps")
+    reload_dataloaders_every_n_epochs: int = _argument("reload_dataloaders_every_n_epochs")
+    default_root_dir: str = _argument("default_root_dir")
+    barebones: bool = _argument("barebones")
+    limit_train_batches: int | float = _limit("train")
+    limit_val_batches: int | float = _limit("val")
+    limit_test_batches: int | float = _limit("test")
+    limit_predict_batches: int | float = _limit("predict")
 
     @property
     def fast_dev_run(self) -> int | bool:
@@ -194,49 +179,14 @@ class TrainerProperties:
         return math.inf if steps == -1 else steps
 
     @property
-    def val_check_interval(self) -> int | float | timedelta:
-        """As given; a time as a timedelta."""
-        return self.arguments.val_check_interval
-
-    @property
-    def check_val_every_n_epoch(self) -> int | None:
-        """As given."""
-        return self.arguments.check_val_every_n_epoch
-
-    @property
-    def gradient_clip_val(self) -> float | None:
-        """As given."""
-        return self.arguments.gradient_clip_val
-
-    @property
     def gradient_clip_algorithm(self) -> str:
         """As given."""
         return self.arguments.gradient_clip_algorithm or "norm"
 
     @property
-    def log_every_n_steps(self) -> int:
-        """As given."""
-        return self.arguments.log_every_n_steps
-
-    @property
-    def reload_dataloaders_every_n_epochs(self) -> int:
-        """As given."""
-        return self.arguments.reload_dataloaders_every_n_epochs
-
-    @property
-    def default_root_dir(self) -> str:
-        """Where version folders are made: a path or a URL."""
-        return self.arguments.default_root_dir
-
-    @property
     def log_dir(self) -> str:
         """The folder of this run; the root until one is claimed."""
         return self.run_folder or self.default_root_dir
-
-    @property
-    def barebones(self) -> bool:
-        """As given."""
-        return self.arguments.barebones
 
     # --- metrics ----------------------------------------------------------------------------------------------
     @property
@@ -376,10 +326,6 @@ class TrainerProperties:
     def logger(self, logger: Any) -> None:
         self.loggers = [] if logger is None else [logger]
 
-    def set_callbacks(self, callbacks: list[Callback]) -> None:
-        """Take `callbacks` in the place of those there are."""
-        raise NotImplementedError
-
     @property
     def checkpoint_callbacks(self) -> list[Any]:
         """The callbacks that save checkpoints."""
@@ -414,7 +360,3 @@ class TrainerProperties:
     def enable_validation(self) -> bool:
         """Whether `fit` validates."""
         return self.validation is not None
-
-
-def _all(limit: int | float | None) -> int | float:
-    return 1.0 if limit is None else limit

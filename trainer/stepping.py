@@ -186,6 +186,11 @@ class Stepper:
     # --- manual optimization ------------------------------------------------------------------------------------
     def backward_by_hand(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """A backward pass whose gradients are averaged over the ranks; repeating that is harmless."""
+        if self.fit.automatic:
+            raise ConfigurationError(
+                "manual_backward() is for manual optimization. Set self.automatic_optimization = False in __init__, or "
+                "return the loss from training_step."
+            )
         strategy = self._strategy
         averaged = loss if strategy.gradient_divisor == strategy.data_ranks else loss / strategy.data_ranks
         scaled = strategy.scale(averaged)

@@ -1,7 +1,7 @@
 """`Trainer`: the edge where arguments, strategies, callbacks and loops meet. The training loop itself is `loop.py`.
 
 Read `__init__` (what may be asked for), `fit` and its three siblings, and go on in `loop.py` and `evaluate.py`; what
-happens around them is `stages.py`. The long tail of this file is the properties that user code reads.
+happens around them is `stages.py`. What user code reads of a trainer is in `properties.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from .. import callbacks as builtin
 from ..callbacks.silent_logger import SilentLogger
@@ -48,11 +47,12 @@ from .loop import fit as run_fit
 from .meeting import meet_ranks
 from .metrics import Metrics
 from .module import Module, require
-from .optim import OptimizerHandle, SchedulerConfig
+from .optim import SchedulerConfig
 from .properties import TrainerProperties
 from .rank_zero import rank_zero_warn
 from .signals import SignalWatch
 from .state import Progress, RunningStage, TrainerFn, TrainerState
+from .stepping import Stepper
 from .verdict import RESUMABLE
 
 
@@ -274,7 +274,7 @@ class Trainer(TrainerProperties):
         self.strategy.take_place(choice.device_of(self._local_rank), self._cluster)
         self.strategy.sync_batchnorm |= self.arguments.sync_batchnorm
         self.saver = Saver(self.strategy)
-        self.metrics = self._metrics = Metrics(self.strategy, self._deliver)
+        self.metrics = Metrics(self.strategy, self._deliver)
         self.metrics.muted = self.arguments.barebones
 
     @property
@@ -498,33 +498,12 @@ class Trainer(TrainerProperties):
             for hook in self.hooks.on_log:
                 hook(metrics, step)
 
-    # --- what a module asks of the trainer -----------------------------------------------------------------------
-    def _clip_gradients(self, optimizer: Optimizer, value: float, algorithm: str) -> None:
-        self._fitting().stepper.clip_gradients(optimizer, value, algorithm)
-
-    def _optimizer_handles(self) -> list[OptimizerHandle]:
-        return self._fitting().stepper.handles
-
-    def _manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        fit = self._fitting()
-        if fit.automatic:
-            raise ConfigurationError(
-                "manual_backward() is for manual optimization. Set self.automatic_optimization = False in __init__, or "
-                "return the loss from training_step."
-            )
-        fit.stepper.backward_by_hand(loss, *args, **kwargs)
-
-    def _fitting(self) -> Fit:
+    @property
+    def stepper(self) -> Stepper:
+        """What steps the optimizers; ConfigurationError where there are none."""
         if self.fit_run is None:
             raise ConfigurationError("There are no optimizers: they exist while fit() runs and after it.")
-        return self.fit_run
-
-    def _all_gather(self, data: Any, group: Any, sync_grads: bool) -> Any:
-        def gather(item: Any) -> Any:
-            tensor = item if isinstance(item, Tensor) else torch.tensor(item, device=self.strategy.device)
-            return self.strategy.all_gather(tensor, sync_grads)
-
-        return pytree.tree_map_only((Tensor, int, float), gather, data)
+        return self.fit_run.stepper
 
 
 def _path(ckpt_path: str | os.PathLike[str] | None) -> str | None:
