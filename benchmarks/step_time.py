@@ -1,4 +1,8 @@
-"""Time a step on one GPU over a hand-written loop: `python benchmarks/gpu.py`.
+"""Time a step over a hand-written loop, on one GPU or with DDP.
+
+    python benchmarks/step_time.py
+    torchrun --nproc-per-node 2 benchmarks/step_time.py             # DDP, a GPU a rank
+    torchrun --nproc-per-node 2 benchmarks/step_time.py --cpu       # DDP on gloo, the tiny model alone
 
 Two models: a tiny one whose steps are nothing but kernel launches, so that every microsecond of the host shows, and a
 GPT of 124 million parameters, compiled, in bfloat16. The loops take turns in one process; the figure is the median over
@@ -10,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import statistics
 import sys
 import time
@@ -21,10 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = torch.device("cpu") if "--cpu" in sys.argv else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 WARM_UP = 20
 
@@ -82,7 +91,7 @@ def gpt() -> nn.Module:
 
 
 CASES = {
-    "tiny": Case("tiny, bound by launches", 1.02, 1000, 32, tiny_network, tiny_samples),
+    "tiny": Case("tiny, bound by the host", 1.02, 1000, 32, tiny_network, tiny_samples),
     "gpt": Case("GPT-124M, compiled, bf16", 1.00, 40, 16, gpt, tokens, bf16=True, compiled=True),
 }
 
@@ -93,15 +102,22 @@ def loss_of(network: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(network(x).flatten(0, -2), y.flatten())
 
 
-def loader(case: Case) -> DataLoader[Any]:
-    """Batches from pinned memory, enough for all steps."""
-    data = TensorDataset(*case.sample((WARM_UP + case.steps) * case.batch_size))
-    return DataLoader(data, case.batch_size, shuffle=True, pin_memory=True)
+def loader(case: Case, share: bool = False) -> DataLoader[Any]:
+    """Batches from pinned memory, enough for all steps; `share`: those of this rank alone."""
+    data = TensorDataset(*case.sample((WARM_UP + case.steps) * case.batch_size * RANKS))
+    sampler = DistributedSampler(data) if share and RANKS > 1 else None
+    return DataLoader(data, case.batch_size, shuffle=sampler is None, sampler=sampler, pin_memory=DEVICE.type == "cuda")
 
 
 def adam(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
     """Fused, as whoever counts microseconds would have it."""
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+
+def wait() -> None:
+    """Until the GPU is idle."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class Clock:
@@ -113,26 +129,29 @@ class Clock:
 
     def tick(self) -> None:
         if self.step == WARM_UP:
-            torch.cuda.synchronize()
+            wait()
             self.began = time.perf_counter()
         self.step += 1
 
     def milliseconds(self) -> float:
-        torch.cuda.synchronize()
+        wait()
         return (time.perf_counter() - self.began) / (self.step - WARM_UP) * 1e3
 
 
 # --- who trains -----------------------------------------------------------------------------------------------------
 def hand_written(case: Case) -> float:
-    network, clock = case.network().cuda(), Clock()
+    network, clock = case.network().to(DEVICE), Clock()
     optimizer = adam(network.parameters())
     if case.compiled:
         network.compile()
-    for x, y in loader(case):
+    model = network
+    if RANKS > 1:
+        model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    for x, y in loader(case, share=True):
         clock.tick()
-        batch = x.cuda(non_blocking=True), y.cuda(non_blocking=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=case.bf16):
-            loss = loss_of(network, batch)
+        batch = x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=case.bf16):
+            loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -163,7 +182,10 @@ def _with_trainer(pl: Any, case: Case, compiled: Callable[[nn.Module], Any], **a
     extras = ("enable_progress_bar", "logger", "enable_checkpointing", "enable_model_summary")
     precision = "bf16-mixed" if case.bf16 else "32-true"
     off = dict.fromkeys(extras, False)
-    trainer = pl.Trainer(max_epochs=1, accelerator="gpu", devices=1, precision=precision, **off, **arguments)
+    devices = {"accelerator": "gpu" if DEVICE.type == "cuda" else "cpu", "devices": RANKS}
+    if RANKS > 1:
+        devices["strategy"] = "ddp"
+    trainer = pl.Trainer(max_epochs=1, precision=precision, **devices, **off, **arguments)
     trainer.fit(task, loader(case))
     return float(task.time)
 
@@ -183,7 +205,7 @@ def lightning(case: Case) -> float:
 def accelerate(case: Case) -> float:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision="bf16" if case.bf16 else "no")
+    accelerator = Accelerator(mixed_precision="bf16" if case.bf16 else "no", cpu=DEVICE.type == "cpu")
     network, clock = case.network(), Clock()
     if case.compiled:
         network.compile()
@@ -207,33 +229,40 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rivals", nargs="+", choices=list(RUNNERS)[2:], default=[])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu", action="store_true", help="the tiny model on the CPU")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    on_gpu = DEVICE.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(DEVICE)
+    if RANKS > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # one rank tells  # noqa: SIM115
     versions = [f"{name} {version(name)}" for name in ("torch", *arguments.rivals)]
-    print(f"{torch.cuda.get_device_name()}, python {sys.version.split()[0]}, {', '.join(versions)}\n")
+    where = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"{RANKS} x {where}, python {sys.version.split()[0]}, {', '.join(versions)}\n")
     print("| case | loop | ms a step | over hand-written | peak GiB |\n|---|---|---:|---:|---:|", flush=True)
-    for case in (CASES[name] for name in arguments.cases):
+    for case in (CASES[name] for name in arguments.cases if on_gpu or name == "tiny"):
+        target = case.target if RANKS == 1 else 1.0
         names = ["hand-written", "paceline", *arguments.rivals]
         times: dict[str, list[float]] = {name: [] for name in names}
         peaks = dict.fromkeys(names, 0.0)
         for _ in range(arguments.rounds):
             for name in names:
                 gc.collect()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+                if on_gpu:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
                 torch.manual_seed(0)
                 with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints is none of the table
                     times[name].append(RUNNERS[name](case))
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         ratios = {
             name: statistics.median(t / h for t, h in zip(times[name], times[names[0]], strict=True)) for name in names
         }
         for name in names:
-            over = (
-                ""
-                if name == names[0]
-                else f"{ratios[name]:.3f}" + f" (target: {case.target:.2f})" * (name == "paceline")
-            )
+            over = "" if name == names[0] else f"{ratios[name]:.3f}" + f" (target: {target:.2f})" * (name == "paceline")
             print(
                 f"| {case.name} | {name} | {statistics.median(times[name]):.3f} | {over} | {peaks[name]:.2f} |",
                 flush=True,
