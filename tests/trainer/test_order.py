@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 import paceline as pl
 from paceline.errors import ConfigurationError
+from paceline.strategies import FSDP, HSDP
 from paceline.trainer.plan import permutation
 
 from helpers.ranks import RanksFailed, run_ranks
@@ -38,6 +39,7 @@ class Records(Sums):
 
     def __init__(self) -> None:
         super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4))  # one number a rank, for those that shard
         self.windows: list[list[list[int]]] = []
         self.updates = -1
 
@@ -47,7 +49,7 @@ class Records(Sums):
             self.windows.append([])
         ghost = self.trainer.metrics.muted
         self.windows[-1].append([] if ghost else [int(i) for i in torch.as_tensor(batch).reshape(-1)])
-        return self.weight * 1.0
+        return self.weight.sum()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.seen.append([int(i) for i in batch])
@@ -74,12 +76,19 @@ def shuffled(workers: int) -> Any:
     return numbers(COUNT, batch_size=2, shuffle=True, num_workers=workers)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_global_batch_is_the_same_on_1_2_3_and_4_ranks(workers: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "strategy", "counts"),
+    [(0, "ddp", (1, 2, 3, 4)), (2, "ddp", (1, 2, 3, 4)), (0, FSDP(), (2, 3, 4)), (0, HSDP(shard=2), (4,))],
+    ids=["ddp", "ddp with workers", "fsdp", "hsdp"],
+)
+def test_every_global_batch_is_the_same_on_1_2_3_and_4_ranks(
+    workers: int, strategy: str | FSDP, counts: tuple[int, ...]
+) -> None:
     orders = [permutation(COUNT, 5, epoch)[:] for epoch in range(EPOCHS)]
     expected = [order[i : i + GLOBAL_BATCH] for order in orders for i in range(0, COUNT, GLOBAL_BATCH)]
-    for ranks in (1, 2, 3, 4):
-        seen = run_ranks(recorded, ranks, shuffled, {"global_batch_size": GLOBAL_BATCH}, workers)
+    for ranks in counts:
+        options = {"global_batch_size": GLOBAL_BATCH, "strategy": strategy}
+        seen = run_ranks(recorded, ranks, shuffled, options, workers)
         assert together(list(seen)) == expected, f"{ranks} ranks"
 
 
