@@ -89,16 +89,17 @@ class Logger(Callback, ABC):
         self._run_dir = trainer.log_dir  # a run that is resumed goes on in its own folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._start(trainer, pl_module)
+        if self._run_started:
+            return
+        self._run_started = True
+        hparams = hparams_of(pl_module, trainer.datamodule)
+        if self._writes(trainer):
+            if hparams is not None:
+                self.log_hyperparams(hparams)
+            self.log_graph(pl_module)
+            self.save()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._start(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._start(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._start(trainer, pl_module)
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_log(self, trainer: Trainer, pl_module: Module, metrics: dict[str, float], step: int) -> None:
         if self._writes(trainer):
@@ -113,17 +114,6 @@ class Logger(Callback, ABC):
 
     def _writes(self, trainer: Trainer) -> bool:
         return trainer.is_global_zero and not trainer.fast_dev_run
-
-    def _start(self, trainer: Trainer, pl_module: Module) -> None:
-        if self._run_started:
-            return
-        self._run_started = True
-        hparams = hparams_of(pl_module, trainer.datamodule)
-        if self._writes(trainer):
-            if hparams is not None:
-                self.log_hyperparams(hparams)
-            self.log_graph(pl_module)
-            self.save()
 
 
 def hparams_of(module: Any, datamodule: Any) -> dict[str, Any] | None:

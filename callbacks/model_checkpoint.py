@@ -34,6 +34,21 @@ if TYPE_CHECKING:
     from ..trainer.module import Module
     from ..trainer.trainer import Trainer
 
+#: What is noted of a save before it is made.
+_NOTED = [
+    "best_model_path",
+    "best_model_score",
+    "best_k_models",
+    "kth_best_model_path",
+    "kth_value",
+    "current_score",
+    "last_model_path",
+    "_last_target",
+    "_last_checkpoint_saved",
+    "_last_global_step_saved",
+    "_retired",
+]
+
 
 class ModelCheckpoint(Callback):
     """Saves into `dirpath` (default: `checkpoints` in the trainer's `log_dir`) and keeps the `save_top_k` best.
@@ -297,12 +312,8 @@ class ModelCheckpoint(Callback):
 
     def _noted(self) -> dict[str, Any]:
         """What a save that fails must leave as it was."""
-        names = (
-            "best_model_path best_model_score kth_best_model_path kth_value current_score last_model_path "
-            "_last_target _last_checkpoint_saved _last_global_step_saved"
-        )
-        held = {name: getattr(self, name) for name in names.split()}
-        return {**held, "best_k_models": dict(self.best_k_models), "_retired": list(self._retired)}
+        held = {name: getattr(self, name) for name in _NOTED}
+        return {name: value.copy() if isinstance(value, (dict, list)) else value for name, value in held.items()}
 
     def _candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         """The metrics, equal on every rank, with `epoch` and `step`."""
@@ -433,22 +444,9 @@ class ModelCheckpoint(Callback):
 
     # --- what a resumed run must know ------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "monitor": self.monitor,
-            "best_model_score": self.best_model_score,
-            "best_model_path": self.best_model_path,
-            "current_score": self.current_score,
-            "dirpath": self.dirpath,
-            "best_k_models": dict(self.best_k_models),
-            "kth_best_model_path": self.kth_best_model_path,
-            "kth_value": self.kth_value,
-            "last_model_path": self.last_model_path,
-            "last_target": self._last_target,
-            "last_checkpoint_saved": self._last_checkpoint_saved,
-            "last_global_step_saved": self._last_global_step_saved,
-            "retired": list(self._retired),
-            "waits_for_validation": self._waits_for_validation,
-        }
+        noted = {name.lstrip("_"): value for name, value in self._noted().items()}
+        waits = self._waits_for_validation
+        return {"monitor": self.monitor, "dirpath": self.dirpath, **noted, "waits_for_validation": waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_model_path = state_dict["best_model_path"]
@@ -459,17 +457,9 @@ class ModelCheckpoint(Callback):
                 "What is there belongs to the other run and is left alone; only best_model_path is taken over."
             )
             return
-        self.best_model_score = state_dict["best_model_score"]
-        self.current_score = state_dict.get("current_score")
-        self.best_k_models = dict(state_dict.get("best_k_models", {}))
-        self.kth_best_model_path = state_dict.get("kth_best_model_path", "")
-        self.kth_value = state_dict.get("kth_value", self.kth_value)
-        self.last_model_path = state_dict.get("last_model_path", "")
-        self._last_target = state_dict.get("last_target", "")
-        self._last_checkpoint_saved = state_dict.get("last_checkpoint_saved", "")
-        self._last_global_step_saved = state_dict.get("last_global_step_saved", 0)
-        self._retired = list(state_dict.get("retired", []))
-        self._waits_for_validation = state_dict.get("waits_for_validation", False)
+        for name in (*_NOTED, "_waits_for_validation"):
+            if (key := name.lstrip("_")) in state_dict:
+                setattr(self, name, state_dict[key])
 
 
 def _absolute(path: str) -> str:

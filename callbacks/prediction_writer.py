@@ -75,13 +75,7 @@ class PredictionWriter(Callback):
         self._indices = [[] for _ in trainer.num_predict_batches]
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Module,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         indices = _indices_of(trainer)
         if self._on_batch:

@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .log_file import write_text
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Tool(Protocol):
+class Tool:
     """What `Profiler` tells them."""
 
     def start(self, device: torch.device) -> None:
@@ -31,9 +31,10 @@ class Tool(Protocol):
 
     def table(self, row_limit: int) -> str:
         """What took longest."""
+        raise NotImplementedError
 
 
-class PythonProfile:
+class PythonProfile(Tool):
     """cProfile over the whole call, on the main thread."""
 
     def __init__(self) -> None:
@@ -42,21 +43,12 @@ class PythonProfile:
         self._profile = cProfile.Profile()
 
     def start(self, device: torch.device) -> None:
-        """See Tool."""
         self._profile.enable()
 
-    def phase(self, name: str) -> None:
-        """See Tool."""
-
-    def step(self) -> None:
-        """See Tool."""
-
     def stop(self) -> None:
-        """See Tool."""
         self._profile.disable()
 
     def table(self, row_limit: int) -> str:
-        """See Tool."""
         import pstats
 
         text = io.StringIO()
@@ -64,7 +56,7 @@ class PythonProfile:
         return text.getvalue().strip()
 
 
-class TorchProfile:
+class TorchProfile(Tool):
     """torch's profiler, with the phases as spans; each time that it has recorded it writes a trace."""
 
     def __init__(self, trace_path: Callable[[], str], schedule: dict[str, int], options: dict[str, Any]) -> None:
@@ -77,7 +69,6 @@ class TorchProfile:
         self._sort_by = "self_cpu_time_total"
 
     def start(self, device: torch.device) -> None:
-        """See Tool."""
         from torch.profiler import ProfilerActivity, profile, schedule
 
         activities = [ProfilerActivity.CPU]
@@ -89,7 +80,6 @@ class TorchProfile:
         self._profile.start()
 
     def phase(self, name: str) -> None:
-        """See Tool."""
         from torch.profiler import record_function
 
         if self._span is not None:
@@ -99,18 +89,15 @@ class TorchProfile:
             self._span.__enter__()
 
     def step(self) -> None:
-        """See Tool."""
         self._profile.step()
 
     def stop(self) -> None:
-        """See Tool."""
         if self._profile is not None:
             self.phase("")
             self._profile.stop()
             self._profile = None
 
     def table(self, row_limit: int) -> str:
-        """See Tool."""
         if self._averages is None:
             return "torch's profiler recorded no batch: there were fewer than wait + 1."
         return str(self._averages.table(sort_by=self._sort_by, row_limit=row_limit))

@@ -234,15 +234,11 @@ class ProgressBar(Callback):
             self._begin("validation", self.validation_description, trainer.num_val_batches)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Module,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._advance(batch_idx, dataloader_idx)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         # The line of an epoch that ends here shows the same metrics; the sanity check's say nothing.
@@ -252,36 +248,13 @@ class ProgressBar(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("test", self.test_description, trainer.num_test_batches)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Module,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._advance(batch_idx, dataloader_idx)
-
     def on_test_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._end(trainer, pl_module)
 
+    on_predict_end = on_test_end
+
     def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("predict", self.predict_description, trainer.num_predict_batches)
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Module,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._advance(batch_idx, dataloader_idx)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: Module) -> None:
-        self._end(trainer, pl_module)
 
     def _begin(self, kind: str, description: str, totals: Sequence[int | float]) -> None:
         if self.is_disabled:

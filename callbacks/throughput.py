@@ -90,20 +90,15 @@ class ThroughputMonitor(Callback):
 
     # --- evaluation ------------------------------------------------------------------------------------------------
     def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._begin_evaluation()
-
-    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._begin_evaluation()
+        self._evaluation, self._evaluation_began = Work(), time.monotonic()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._count(self._evaluation, pl_module, batch)
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._count(self._evaluation, pl_module, batch)
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         if not trainer.sanity_checking:
@@ -114,9 +109,6 @@ class ThroughputMonitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._began += time.monotonic() - self._evaluation_began
-
-    def _begin_evaluation(self) -> None:
-        self._evaluation, self._evaluation_began = Work(), time.monotonic()
 
     def _end_evaluation(self, trainer: Trainer, stage: str) -> None:
         self._evaluation.seconds = time.monotonic() - self._evaluation_began

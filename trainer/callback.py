@@ -138,13 +138,7 @@ class Callback:
         """Before a validation batch."""
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Module,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """After a validation batch; `outputs` is what `validation_step` returned."""
 
@@ -167,13 +161,7 @@ class Callback:
         """Before a test batch."""
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Module,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """After a test batch; `outputs` is what `test_step` returned."""
 
@@ -196,12 +184,6 @@ class Callback:
         """Before a prediction batch."""
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Module,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """After a prediction batch; `outputs` is what `predict_step` returned."""
