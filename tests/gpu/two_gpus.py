@@ -106,7 +106,24 @@ def ranks_main(cpu):
     def difference(left, right):
         return max((left[name] - right[name]).abs().max().item() for name in right)
 
-    def fit(strategy, kind=Small, steps=6, save=None, resume=None, weights=None, options=None, model=None, **arguments):
+    class HostSyncs(pl.Callback):
+        """What waits for the GPU in steps 4 to 6 raises."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                torch.cuda.set_sync_debug_mode("error")
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 6:
+                torch.cuda.set_sync_debug_mode("default")
+
+        def on_exception(self, trainer, pl_module, exception):
+            torch.cuda.set_sync_debug_mode("default")
+
+    def fit(
+        strategy, kind=Small, steps=6, rows=30, save=None, resume=None, weights=None, options=None, model=None,
+        **arguments,
+    ):  # fmt: skip
         pl.seed_everything(3, verbose=False)
         module = kind(**(model or {}))
         trainer = pl.Trainer(
@@ -117,7 +134,8 @@ def ranks_main(cpu):
         if weights:
             trainer.load_weights(weights)
         with contextlib.redirect_stdout(None):
-            trainer.fit(module, DataLoader(Tokens(30, 32), batch_size=2), ckpt_path=resume)
+            batches = DataLoader(Tokens(rows, 32), batch_size=2, pin_memory=not cpu)
+            trainer.fit(module, batches, ckpt_path=resume)
         saved = trainer.save_checkpoint(save) if save else None
         return whole(module), saved
 
@@ -175,6 +193,11 @@ def ranks_main(cpu):
         with table.guarded(what):
             found = fit(name, precision="bf16-true")[0]
             table.line(what, "finite", all(t.isfinite().all() and t.dtype == torch.bfloat16 for t in found.values()))
+        what = f"{name}: nothing waits for the GPU in a step"
+        with table.guarded(what):
+            if not cpu:
+                fit(name, steps=8, rows=80, callbacks=HostSyncs(), gradient_clip_val=0.1, precision="bf16-mixed")
+            table.line(what, "not on a CPU" if cpu else "0 host syncs")
     for options in ({"activation_checkpointing": True}, {"cpu_offload": True}, {"sync_every_micro_batch": False}):
         what = f"fsdp: {next(iter(options))}={next(iter(options.values()))}"
         with table.guarded(what):
