@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import paceline as pl
-from paceline.trainer.checkpoint import load, verify
+from paceline.trainer.checkpoint import load, storage, verify
 
 from helpers.ranks import RanksFailed, run_ranks
 from helpers.sharded import Layered, batches, full_weights, strategy_of, trained, trained_on_ranks
@@ -128,20 +129,62 @@ def test_checkpoint_callbacks_save_shards_while_training_goes_on(tmp_path: Path)
         assert verify(tmp_path / name) == []
 
 
-def fails_to_save(path: str) -> str:
+def fails_to_save(folder: str, rank: int, name: str, error: Exception) -> str:
+    """Saves, and saves again with a write of one rank failing: of the file whose name begins like this."""
     trainer = tiny_trainer(strategy="fsdp")
     trainer.fit(Layered(), batches(8, 2))
+    trainer.save_checkpoint(f"{folder}/older.ckpt")
+    before = storage.changing
+
+    def changing(kind: str, path: str) -> None:
+        if trainer.global_rank == rank and path.rpartition("/")[2].startswith(name):
+            raise error
+
+    storage.changing = changing
     try:
-        trainer.save_checkpoint(path)
-    except pl.CheckpointError as error:
-        return str(error)
+        trainer.save_checkpoint(f"{folder}/x.ckpt")
+    except pl.CheckpointError as refusal:
+        return str(refusal)
+    finally:
+        storage.changing = before  # the rank goes on to other tests
     return ""
 
 
-def test_a_save_that_fails_on_rank_0_is_an_error_on_every_rank(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    errors = run_ranks(fails_to_save, 2, str(tmp_path / "file" / "x.ckpt"))
-    assert all("could not be saved" in error for error in errors), errors
+@pytest.mark.parametrize(
+    ("rank", "name", "error"),
+    [
+        (0, "index", OSError(errno.ENOSPC, "No space left on device")),
+        (1, "index", OSError(errno.ENOSPC, "No space left on device")),
+        (2, "model", RuntimeError("of some library")),
+        (0, "manifest", PermissionError(errno.EACCES, "Permission denied")),
+    ],
+)
+def test_a_save_that_fails_on_any_rank_is_an_error_on_every_rank(
+    rank: int, name: str, error: Exception, tmp_path: Path
+) -> None:
+    told = run_ranks(fails_to_save, 3, str(tmp_path), rank, name, error)
+    assert len(set(told)) == 1 and f"x.ckpt could not be saved: rank {rank}: " in told[0]
+    assert str(error.args[-1]) in told[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["older.ckpt"] and verify(tmp_path / "older.ckpt") == []
+
+
+class OddOnOneRank(pl.Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"odd": {1, 2} if pl.rank_zero_only.rank else [1, 2]}
+
+
+def keeps_what_cannot_be_stored(path: str) -> str:
+    trainer = tiny_trainer(strategy="fsdp", callbacks=OddOnOneRank())
+    trainer.fit(Layered(), batches(8, 2))
+    with pytest.raises(pl.CheckpointError) as refusal:
+        trainer.save_checkpoint(path)
+    return str(refusal.value)
+
+
+def test_state_of_one_rank_that_cannot_be_stored_is_refused_on_every_rank(tmp_path: Path) -> None:
+    told = run_ranks(keeps_what_cannot_be_stored, 2, str(tmp_path / "x.ckpt"))
+    assert told[0] == told[1] and "callbacks.OddOnOneRank.odd is of type set" in told[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def averaged(strategy: str | None, batch_size: int, save: str | None = None, resume: str | None = None) -> Any:

@@ -52,3 +52,17 @@ def test_weights_alone_are_passed_over_and_the_run_goes_on_from_all_of_its_state
     with pytest.warns(UserWarning, match="wstep=3.ckpt: it holds weights only"):
         resumed = run("sgd_momentum_by_step", tmp_path / "runs", "auto", callbacks=saves(), max_steps=5)
     assert resumed.digests == whole.digests and len(resumed.seen) == 3
+
+
+def test_best_is_what_the_newest_checkpoint_says_also_where_the_run_was_moved(tmp_path: Path) -> None:
+    def saves() -> ModelCheckpoint:  # the oldest has the highest loss
+        return ModelCheckpoint(monitor="val_loss", mode="max", save_top_k=1, save_last=True)
+
+    best = saves()
+    run("sgd_momentum_by_step", tmp_path / "runs", callbacks=(best,))
+    assert best.best_model_path.endswith("epoch=0-step=9.ckpt") and len(saved_in(tmp_path / "runs")) == 2
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    resumed = run("sgd_momentum_by_step", tmp_path / "moved", "best", callbacks=(saves(),))
+    assert resumed.seen[0][:2] == (1, 0)
+    with pytest.raises(CheckpointError, match="there is no valid checkpoint in"):
+        run("sgd_momentum_by_step", tmp_path / "elsewhere", "best")

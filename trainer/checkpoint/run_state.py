@@ -51,9 +51,9 @@ def save_checkpoint(
             )
         except CheckpointError as error:
             refusal = error
-    refusal = trainer.strategy.broadcast_object(refusal)
-    if refusal is not None:
-        raise refusal
+    for told in trainer.strategy.all_gather_object(refusal):
+        if told is not None:
+            raise told
     trainer.saver.start(os.fspath(path), prepared, follow_up, wait)
     outcome = trainer.saver.settle() if wait else None
     return os.fspath(path) if outcome is None else outcome.path

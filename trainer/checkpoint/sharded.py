@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,12 +21,13 @@ from .boxes import is_sharded
 from .index import Shape, index_name, index_record, into_files, merge
 from .load import Loaded
 from .manifest import TREES, manifest_bytes
-from .save import FILE_BYTES, Draft, Prepared, errors_named, file_buffers
+from .save import FILE_BYTES, Draft, Prepared, file_buffers
 from .storage import storage_of
 from .strict_json import write_json
 
 if TYPE_CHECKING:
     from ...strategies.base import Strategy
+    from ...strategies.channel import Channel
 
 
 def write_sharded(path: str | os.PathLike[str], prepared: Prepared, strategy: Strategy) -> str:
@@ -41,54 +42,50 @@ def write_sharded(path: str | os.PathLike[str], prepared: Prepared, strategy: St
         part: into_files(part, pieces, FILE_BYTES, rank, ranks) for part, pieces in prepared.parts.items() if pieces
     }
     index = index_record(files, prepared.aliases, rank, ranks)
-    with errors_named(wanted), Draft(storage, wanted) as draft:
-        records: dict[str, FileRecord] = {}
-        outcome: Any = None
-        try:
-            if rank == 0:
-                records[index_name(0, ranks)] = draft.claim(index_name(0, ranks), write_json(index))
-                outcome = draft.folder
-        except (OSError, CheckpointError) as error:
-            outcome = error
-        folder = channel.gather_objects(outcome)[0]
-        if isinstance(folder, Exception):
-            raise folder
-        outcome = None
-        try:
-            if rank == 0:
-                records[TREES] = write_blocks(
-                    storage, draft.path(TREES), [memoryview(write_json(prepared.trees, TREES))]
-                )
-            else:
-                place = storage.join(folder, index_name(rank, ranks))
-                records[index_name(rank, ranks)] = write_blocks(storage, place, [memoryview(write_json(index))])
+    names = [index_name(i, ranks) for i in range(ranks)]
+    records: dict[str, FileRecord] = {}
+    with Draft(storage, wanted) as draft:
+
+        def claim() -> str | None:
+            if rank:
+                return None
+            records[names[0]] = draft.claim(names[0], write_json(index))
+            return draft.folder
+
+        folder: str = _on_all(claim, channel, wanted)[0]
+
+        def fill() -> tuple[Any, dict[str, FileRecord]]:
+            name, content = (names[rank], index) if rank else (TREES, prepared.trees)
+            records[name] = write_blocks(storage, storage.join(folder, name), [memoryview(write_json(content, name))])
             for name, pieces in itertools.chain.from_iterable(part.items() for part in files.values()):
                 records[name] = write_blocks(storage, storage.join(folder, name), file_buffers(pieces))
-        except (OSError, CheckpointError) as error:
-            outcome = error
-        shares = channel.gather_objects(outcome or (index, records))
-        _raise_first(shares, wanted)
-        outcome = None
-        try:
-            if rank == 0:
-                merge([(index_name(i, ranks), share[0]) for i, share in enumerate(shares)])  # proves the cover
-                everything = {name: record for share in shares for name, record in share[1].items()}
-                names = [index_name(i, ranks) for i in range(ranks)]
-                outcome = draft.commit(manifest_bytes(prepared.meta, names, everything))
-        except (OSError, CheckpointError) as error:
-            outcome = error
-        saved = channel.gather_objects(outcome)[0]
-    if isinstance(saved, Exception):
-        raise saved
-    return str(saved)
+            return index, records
+
+        shares = _on_all(fill, channel, wanted)
+
+        def commit() -> str | None:
+            if rank:
+                return None
+            merge([(name, share[0]) for name, share in zip(names, shares, strict=True)])  # proves the cover
+            everything = {name: record for share in shares for name, record in share[1].items()}
+            return draft.commit(manifest_bytes(prepared.meta, names, everything))
+
+        return str(_on_all(commit, channel, wanted)[0])
 
 
-def _raise_first(shares: Sequence[Any], wanted: str) -> None:
-    for rank, share in enumerate(shares):
-        if isinstance(share, Exception):
+def _on_all(work: Callable[[], Any], channel: Channel, wanted: str) -> list[Any]:
+    """What `work` returned on each rank; CheckpointError on all of them where it failed on any."""
+    try:
+        outcome = work()
+    except Exception as error:  # noqa: BLE001  # whatever it is, the others wait to hear of it
+        outcome = CheckpointError(str(error) if isinstance(error, (OSError, CheckpointError)) else repr(error))
+    outcomes = channel.gather_objects(outcome)
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, CheckpointError):
             raise CheckpointError(
-                f"{wanted} could not be saved: rank {rank}: {share}. Older checkpoints are untouched."
+                f"{wanted} could not be saved: rank {rank}: {outcome}. Older checkpoints are untouched."
             )
+    return outcomes
 
 
 class ShardedCheckpoint:
