@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
-from ..trainer.optim import NamedGroup, named_param_groups
+from ..trainer.optimizer_handle import bare
 
 if TYPE_CHECKING:
     from ..trainer.module import Module
+    from ..trainer.optim import SchedulerConfig
     from ..trainer.trainer import Trainer
 
 
@@ -75,3 +79,50 @@ class LearningRateMonitor(Callback):
         if self.log_weight_decay:
             values[f"{named.name}-weight_decay"] = group.get("weight_decay", 0.0)
         return values
+
+
+@dataclass(frozen=True)
+class NamedGroup:
+    """A parameter group under the name that its learning rate is logged with."""
+
+    name: str
+    group: dict[str, Any]
+    interval: str | None  # its scheduler's; None: the optimizer has none
+
+
+def named_param_groups(optimizers: Sequence[Optimizer], configs: Sequence[SchedulerConfig]) -> list[NamedGroup]:
+    """All parameter groups, those of schedulers first, then those of optimizers without one.
+
+    Names are the scheduler's `name`, or `lr-Adam`, `lr-Adam-1` for the second of that class; with several groups (or
+    named ones) `/pg1`, `/pg2` or `/name` follows. Raises ConfigurationError for equal group names in one optimizer.
+    """
+    sources: list[tuple[Optimizer, SchedulerConfig | None]] = []
+    for config in configs:
+        scheduled = getattr(config.scheduler, "optimizer", None)
+        if isinstance(scheduled, Optimizer):
+            sources.append((bare(scheduled), config))
+    sources += [(o, None) for o in map(bare, optimizers) if not any(o is other for other, _ in sources)]
+    seen: dict[str, int] = {}
+    named: list[NamedGroup] = []
+    for optimizer, source in sources:
+        stem = source.name if source is not None else None
+        if stem is None:
+            kind = type(optimizer).__name__
+            repeats = seen[kind] = seen.get(kind, -1) + 1
+            stem = f"lr-{kind}-{repeats}" if repeats else f"lr-{kind}"
+        interval = source.interval if source is not None else None
+        names = _group_names(stem, optimizer.param_groups)
+        named += [NamedGroup(name, group, interval) for name, group in zip(names, optimizer.param_groups, strict=True)]
+    return named
+
+
+def _group_names(stem: str, groups: list[dict[str, Any]]) -> list[str]:
+    given = [group["name"] for group in groups if "name" in group]
+    twice = sorted({str(name) for name in given if given.count(name) > 1})
+    if twice:
+        raise ConfigurationError(
+            f"{stem} has several parameter groups with the names {twice}. Give each group of an optimizer its own."
+        )
+    if len(groups) == 1 and not given:
+        return [stem]
+    return [f"{stem}/{group.get('name', f'pg{number}')}" for number, group in enumerate(groups, 1)]

@@ -1,9 +1,7 @@
-"""Optimizers and schedulers: what `configure_optimizers` returned, and when schedulers step.
+"""Optimizers and schedulers: what `configure_optimizers` returned.
 
-`parse_optimizers` turns the six forms into optimizers and `SchedulerConfig`s; `due` and `step_scheduler` are the rules
-by which they step. What user code gets in the place of an optimizer is in `optimizer_handle.py`.
-The surprise: a scheduler with a monitor waits for the metrics of the epoch (or of the step's validation), and only one
-whose `step` takes a metric, as ReduceLROnPlateau's does, is given it.
+`parse_optimizers` turns the six forms into optimizers and `SchedulerConfig`s, by which `schedules.py` steps them. What
+user code gets in the place of an optimizer is in `optimizer_handle.py`.
 """
 
 from __future__ import annotations
@@ -13,32 +11,15 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 from ..errors import ConfigurationError
-from .optimizer_handle import OptimizerHandle, bare, toggle_optimizer, untoggle_optimizer
+from .optimizer_handle import bare
 from .rank_zero import rank_zero_warn
-
-__all__ = [
-    "NamedGroup",
-    "NullOptimizer",
-    "OptimizerHandle",
-    "SchedulerConfig",
-    "bare",
-    "default_lr_scheduler_step",
-    "due",
-    "estimated_stepping_batches",
-    "lr_names",
-    "named_param_groups",
-    "parse_optimizers",
-    "step_scheduler",
-    "toggle_optimizer",
-    "untoggle_optimizer",
-]
 
 _FORMS = """It should be one of:
   an optimizer;
@@ -231,61 +212,7 @@ def _name(scheduler: Any) -> str:
     return type(scheduler).__name__
 
 
-# --- when schedulers step --------------------------------------------------------------------------------------------
-def due(configs: Iterable[SchedulerConfig], interval: str, count: int, with_monitor: bool) -> list[SchedulerConfig]:
-    """The schedulers to step now, `count` optimizer steps or epochs having been finished, this one included."""
-    return [
-        config
-        for config in configs
-        if config.interval == interval
-        and (config.monitor is not None) == with_monitor
-        and count % config.frequency == 0
-    ]
-
-
-def default_lr_scheduler_step(scheduler: Any, metric: Any | None) -> None:
-    """What `Module.lr_scheduler_step` does: `metric` is None for schedulers that do not take one."""
-    if metric is None:
-        scheduler.step()
-    else:
-        scheduler.step(metric)
-
-
-def step_scheduler(
-    config: SchedulerConfig,
-    metrics: Mapping[str, Any],
-    step: Callable[[Any, Any], Any] = default_lr_scheduler_step,
-) -> bool:
-    """Step one scheduler through `step(scheduler, metric)`; False when it was skipped for want of its metric.
-
-    `metrics` are those logged so far by name. Raises ConfigurationError for a missing one under `strict`.
-    """
-    if not config.reduce_on_plateau:
-        step(config.scheduler, None)
-        return True
-    if config.monitor is not None and config.monitor in metrics:
-        step(config.scheduler, metrics[config.monitor])
-        return True
-    if config.strict:
-        _refuse_missing_metric(config, metrics)
-    rank_zero_warn(
-        f"The scheduler {_name(config.scheduler)} monitors {config.monitor!r}, which is not logged; with strict=False "
-        f"it does not step now. Logged are: {', '.join(metrics) or 'none'}.",
-        RuntimeWarning,
-    )
-    return False
-
-
-def _refuse_missing_metric(config: SchedulerConfig, metrics: Mapping[str, Any]) -> NoReturn:
-    nearest = difflib.get_close_matches(str(config.monitor), metrics, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ConfigurationError(
-        f"The scheduler {_name(config.scheduler)} monitors {config.monitor!r}, which is not logged when it steps. "
-        f"Logged are: {', '.join(metrics) or 'none'}.{hint} Log it with self.log, choose interval and frequency such "
-        'that validation has run by then, or set "strict": False to skip the step.'
-    )
-
-
+# --- how long a run is -----------------------------------------------------------------------------------------------
 def estimated_stepping_batches(
     max_epochs: int | None, max_steps: int, num_training_batches: float, accumulate_grad_batches: int = 1
 ) -> float:
@@ -301,56 +228,3 @@ def estimated_stepping_batches(
         return max_steps
     steps = math.ceil(num_training_batches / accumulate_grad_batches) * max(max_epochs, 1)
     return steps if max_steps == -1 else min(steps, max_steps)
-
-
-# --- names of learning rates -----------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class NamedGroup:
-    """A parameter group under the name that its learning rate is logged with."""
-
-    name: str
-    group: dict[str, Any]
-    interval: str | None  # its scheduler's; None: the optimizer has none
-
-
-def named_param_groups(optimizers: Sequence[Optimizer], configs: Sequence[SchedulerConfig]) -> list[NamedGroup]:
-    """All parameter groups, those of schedulers first, then those of optimizers without one.
-
-    Names are the scheduler's `name`, or `lr-Adam`, `lr-Adam-1` for the second of that class; with several groups (or
-    named ones) `/pg1`, `/pg2` or `/name` follows. Raises ConfigurationError for equal group names in one optimizer.
-    """
-    sources: list[tuple[Optimizer, SchedulerConfig | None]] = []
-    for config in configs:
-        scheduled = getattr(config.scheduler, "optimizer", None)
-        if isinstance(scheduled, Optimizer):
-            sources.append((bare(scheduled), config))
-    sources += [(o, None) for o in map(bare, optimizers) if not any(o is other for other, _ in sources)]
-    seen: dict[str, int] = {}
-    named: list[NamedGroup] = []
-    for optimizer, source in sources:
-        stem = source.name if source is not None else None
-        if stem is None:
-            kind = type(optimizer).__name__
-            repeats = seen[kind] = seen.get(kind, -1) + 1
-            stem = f"lr-{kind}-{repeats}" if repeats else f"lr-{kind}"
-        interval = source.interval if source is not None else None
-        names = _group_names(stem, optimizer.param_groups)
-        named += [NamedGroup(name, group, interval) for name, group in zip(names, optimizer.param_groups, strict=True)]
-    return named
-
-
-def lr_names(optimizers: Sequence[Optimizer], configs: Sequence[SchedulerConfig]) -> list[str]:
-    """The names of `named_param_groups`."""
-    return [named.name for named in named_param_groups(optimizers, configs)]
-
-
-def _group_names(stem: str, groups: list[dict[str, Any]]) -> list[str]:
-    given = [group["name"] for group in groups if "name" in group]
-    twice = sorted({str(name) for name in given if given.count(name) > 1})
-    if twice:
-        raise ConfigurationError(
-            f"{stem} has several parameter groups with the names {twice}. Give each group of an optimizer its own."
-        )
-    if len(groups) == 1 and not given:
-        return [stem]
-    return [f"{stem}/{group.get('name', f'pg{number}')}" for number, group in enumerate(groups, 1)]

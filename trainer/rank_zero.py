@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["rank_zero_debug", "rank_zero_deprecation", "rank_zero_info", "rank_zero_only", "rank_zero_warn"]
+__all__ = ["rank_zero_info", "rank_zero_only", "rank_zero_warn"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,21 +61,10 @@ def rank_zero_info(message: object, *args: object, stacklevel: int = 1) -> None:
         _log.info(message, *args, stacklevel=stacklevel + 1)
 
 
-def rank_zero_debug(message: object, *args: object, stacklevel: int = 1) -> None:
-    """`rank_zero_info` at level DEBUG."""
-    if rank_zero_only.rank == 0:
-        _log.debug(message, *args, stacklevel=stacklevel + 1)
-
-
 def rank_zero_warn(message: Warning | str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:
     """`warnings.warn` on rank 0; `stacklevel=1` blames the line that calls this, 2 the caller of that function."""
     if rank_zero_only.rank == 0:
         warnings.warn(message, category, stacklevel=stacklevel + 1)
-
-
-def rank_zero_deprecation(message: Warning | str, stacklevel: int = 1) -> None:
-    """`rank_zero_warn` with a `DeprecationWarning`."""
-    rank_zero_warn(message, DeprecationWarning, stacklevel + 1)
 
 
 def _rank_of_environment() -> int:

@@ -1,7 +1,12 @@
-"""When, inside `fit`, learning-rate schedulers step and validation runs."""
+"""When, inside `fit`, learning-rate schedulers step and validation runs.
+
+The surprise: a scheduler with a monitor waits for the metrics of the epoch (or of the step's validation), and only one
+whose `step` takes a metric, as ReduceLROnPlateau's does, is given it.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -9,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from .agreed_clock import AgreedClock
-from .optim import SchedulerConfig, due, step_scheduler
+from .optim import SchedulerConfig
+from .rank_zero import rank_zero_warn
 from .state import Progress
 
 if TYPE_CHECKING:
@@ -50,13 +56,43 @@ class Schedulers:
                 return
             progress.scheduled_epoch = progress.epoch
         count = progress.global_step if interval == "step" else progress.epoch + 1
-        configs = due(self._configs, interval, count, with_monitor=bool(monitored))
-        if not configs:
+        due = [
+            config
+            for config in self._configs
+            if config.interval == interval
+            and (config.monitor is not None) == bool(monitored)
+            and count % config.frequency == 0
+        ]
+        if not due:
             return
         metrics = self._metrics() if monitored else {}
         self._hook("lr_scheduler_step")
-        for config in configs:
-            step_scheduler(config, metrics, self._step)
+        for config in due:
+            if not config.reduce_on_plateau:
+                self._step(config.scheduler, None)
+            elif config.monitor is not None and config.monitor in metrics:
+                self._step(config.scheduler, metrics[config.monitor])
+            else:
+                _tell_missing(config, metrics)
+
+
+def _tell_missing(config: SchedulerConfig, metrics: Mapping[str, Any]) -> None:
+    """The metric of a scheduler is missing: ConfigurationError under `strict`, else a warning."""
+    name, logged = type(config.scheduler).__name__, ", ".join(metrics) or "none"
+    if not config.strict:
+        rank_zero_warn(
+            f"The scheduler {name} monitors {config.monitor!r}, which is not logged; with strict=False it does not "
+            f"step now. Logged are: {logged}.",
+            RuntimeWarning,
+        )
+        return
+    nearest = difflib.get_close_matches(str(config.monitor), metrics, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ConfigurationError(
+        f"The scheduler {name} monitors {config.monitor!r}, which is not logged when it steps. Logged are: {logged}."
+        f"{hint} Log it with self.log, choose interval and frequency such that validation has run by then, or set "
+        '"strict": False to skip the step.'
+    )
 
 
 class ValidationTimes:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigurationError
-from .optim import OptimizerHandle
+from .optimizer_handle import OptimizerHandle
 from .windows import Window
 
 if TYPE_CHECKING:

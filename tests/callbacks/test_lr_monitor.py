@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from paceline.callbacks import JSONLLogger, LearningRateMonitor
+from paceline.callbacks.lr_monitor import named_param_groups
 from paceline.errors import ConfigurationError
+from paceline.trainer.optim import NullOptimizer, SchedulerConfig
 
 from helpers.callback_runs import BATCHES, Scripted, loader, trainer
 
@@ -108,3 +114,58 @@ def test_it_needs_a_logger(tmp_path: Path) -> None:
 def test_a_bad_interval_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="logging_interval='batch'"):
         LearningRateMonitor("batch")  # type: ignore[arg-type]
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+def optimizer(kind: type[Optimizer] = SGD) -> Optimizer:
+    return kind(nn.Linear(2, 1).parameters(), lr=0.1)  # type: ignore[call-arg]
+
+
+def names(optimizers: list[Optimizer], configs: list[SchedulerConfig]) -> list[str]:
+    return [named.name for named in named_param_groups(optimizers, configs)]
+
+
+def grouped(*names):
+    groups = [{"params": nn.Linear(1, 1).parameters(), **({"name": name} if name else {})} for name in names]
+    return SGD(groups, lr=0.1)
+
+
+def test_learning_rates_are_named_after_optimizers_and_counted():
+    class Own(Adam):
+        pass
+
+    opts = [optimizer(Adam), optimizer(), optimizer(Adam), optimizer(Own)]
+    assert names(opts, []) == ["lr-Adam", "lr-SGD", "lr-Adam-1", "lr-Own"]
+    assert names([NullOptimizer()], []) == []
+
+
+def test_schedulers_come_first_and_may_have_names():
+    a, b = optimizer(Adam), optimizer(Adam)
+    assert names([a, b], [SchedulerConfig(StepLR(b, 1))]) == ["lr-Adam", "lr-Adam-1"]
+    assert named_param_groups([a, b], [SchedulerConfig(StepLR(b, 1))])[0].group is b.param_groups[0]
+    assert names([a, b], [SchedulerConfig(StepLR(b, 1), name="gen")]) == ["gen", "lr-Adam"]
+    assert names([a, b], [SchedulerConfig(SimpleNamespace(optimizer=None)), SchedulerConfig(object())]) == [
+        "lr-Adam",
+        "lr-Adam-1",
+    ]
+
+
+def test_two_schedulers_of_one_optimizer_are_counted_too():
+    opt = optimizer()
+    configs = [SchedulerConfig(StepLR(opt, 1)), SchedulerConfig(LambdaLR(opt, lambda _: 1.0), interval="step")]
+    named = named_param_groups([opt], configs)
+    assert [(group.name, group.interval) for group in named] == [("lr-SGD", "epoch"), ("lr-SGD-1", "step")]
+    assert named_param_groups([opt], [])[0].interval is None
+
+
+def test_several_parameter_groups_are_numbered_or_named():
+    assert names([grouped(None, None)], []) == ["lr-SGD/pg1", "lr-SGD/pg2"]
+    assert names([grouped("x", None)], []) == ["lr-SGD/x", "lr-SGD/pg2"]
+    assert names([grouped("x")], []) == ["lr-SGD/x"]
+    opt = grouped("x", "y")
+    assert names([opt], [SchedulerConfig(StepLR(opt, 1), name="hi")]) == ["hi/x", "hi/y"]
+
+
+def test_equal_names_of_parameter_groups_are_refused():
+    with pytest.raises(ConfigurationError, match=r"lr-SGD has several parameter groups with the names \['x'\]"):
+        names([grouped("x", "x")], [])

@@ -1,4 +1,4 @@
-"""What `configure_optimizers` may return, when schedulers step, and what learning rates are called."""
+"""What `configure_optimizers` may return, and when schedulers step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import (
     ChainedScheduler,
     CyclicLR,
     ExponentialLR,
-    LambdaLR,
     LRScheduler,
     OneCycleLR,
     ReduceLROnPlateau,
@@ -22,17 +21,11 @@ from torch.optim.lr_scheduler import (
 )
 
 from paceline.errors import ConfigurationError
-from paceline.trainer.optim import (
-    NullOptimizer,
-    OptimizerHandle,
-    SchedulerConfig,
-    due,
-    estimated_stepping_batches,
-    lr_names,
-    named_param_groups,
-    parse_optimizers,
-    step_scheduler,
-)
+from paceline.trainer.module import Module
+from paceline.trainer.optim import NullOptimizer, SchedulerConfig, estimated_stepping_batches, parse_optimizers
+from paceline.trainer.optimizer_handle import OptimizerHandle
+from paceline.trainer.schedules import Schedulers
+from paceline.trainer.state import Progress
 
 
 def optimizer(kind=SGD, lr=0.1):
@@ -298,84 +291,81 @@ def test_a_custom_scheduler_is_taken_and_told_when_it_cannot_be_saved():
 
 
 # --- when they step ----------------------------------------------------------------------------------------------
+def stepped(configs, task="epoch_monitored", metrics=None, steps=0, epoch=0):
+    """The (scheduler, metric) pairs that were stepped; real steps, too."""
+    calls = []
+
+    def step(scheduler, metric):
+        calls.append((scheduler, metric))
+        Module().lr_scheduler_step(scheduler, metric)
+
+    schedulers = Schedulers(configs, step, lambda: metrics or {}, lambda hook: None)
+    schedulers.run(task, Progress(global_step=steps, epoch=epoch))
+    return calls
+
+
 def test_schedulers_are_due_by_interval_frequency_and_monitor():
-    opt = optimizer()
-
-    def config(name, **keys):
-        return SchedulerConfig(StepLR(opt, 1), name=name, **keys)
-
     configs = [
-        config("step", interval="step"),
-        config("third", interval="step", frequency=3),
-        config("watch", interval="step", monitor="loss"),
-        config("epoch"),
-        config("other", frequency=2),
-        config("plateau", monitor="val"),
+        SchedulerConfig(Custom(), "step", interval="step"),
+        SchedulerConfig(Custom(), "third", interval="step", frequency=3),
+        SchedulerConfig(Custom(), "watch", interval="step", monitor="loss"),
+        SchedulerConfig(Custom(), "epoch"),
+        SchedulerConfig(Custom(), "other", frequency=2),
+        SchedulerConfig(Custom(), "plateau", monitor="val"),
     ]
+    names = {id(config.scheduler): config.name for config in configs}
 
-    def names(*when):
-        return [c.name for c in due(configs, *when)]
+    def due(*when):
+        return [names[id(scheduler)] for scheduler, _ in stepped(configs, *when)]
 
-    assert names("step", 1, False) == ["step"]
-    assert names("step", 3, False) == ["step", "third"]
-    assert names("step", 3, True) == ["watch"]
-    assert names("epoch", 1, False) == ["epoch"]
-    assert names("epoch", 2, False) == ["epoch", "other"]
-    assert names("epoch", 2, True) == ["plateau"]
+    assert due("step", {}, 1) == ["step"]
+    assert due("step", {}, 3) == ["step", "third"]
+    assert due("step_monitored", {}, 3) == ["watch"]
+    assert due("epoch", {}, 0, 0) == ["epoch"]
+    assert due("epoch", {}, 0, 1) == ["epoch", "other"]
+    assert due("epoch_monitored", {}, 0, 1) == ["plateau"]
 
 
 def test_a_scheduler_without_a_metric_steps_plainly():
     opt = optimizer(lr=1.0)
-    config = SchedulerConfig(StepLR(opt, 1, gamma=0.5), monitor="not logged")
     opt.step()
-    assert step_scheduler(config, {})
+    config = SchedulerConfig(StepLR(opt, 1, gamma=0.5), monitor="not logged")
+    assert stepped([config]) == [(config.scheduler, None)]
     assert opt.param_groups[0]["lr"] == 0.5
 
 
 def test_a_plateau_gets_the_monitored_metric():
     opt = optimizer(lr=1.0)
-    _, (config,) = parsed(([opt], [{"scheduler": ReduceLROnPlateau(opt, patience=0, factor=0.1), "monitor": "loss"}]))
+    _, configs = parsed(([opt], [{"scheduler": ReduceLROnPlateau(opt, patience=0, factor=0.1), "monitor": "loss"}]))
     for _ in range(2):
-        assert step_scheduler(config, {"loss": torch.tensor(1.0), "other": torch.tensor(0.0)})
+        assert stepped(configs, metrics={"loss": torch.tensor(1.0), "other": torch.tensor(0.0)})
     assert opt.param_groups[0]["lr"] == pytest.approx(0.1)
-
-
-def test_the_callable_in_the_place_of_the_hook_gets_scheduler_and_metric():
-    opt = optimizer()
-    calls = []
-    configs = parsed(([opt], [Custom(opt), {"scheduler": Measuring(opt), "monitor": "loss"}]))[1]
-    for config in configs:
-        assert step_scheduler(config, {"loss": 2.0}, lambda scheduler, metric: calls.append((scheduler, metric)))
-    assert calls == [(configs[0].scheduler, None), (configs[1].scheduler, 2.0)]
-    assert configs[0].scheduler.calls == []
 
 
 def test_custom_schedulers_step_with_a_metric_only_where_they_take_it():
     opt = optimizer()
     plain, measuring = Custom(opt), Measuring(opt)
-    for config in parsed(([opt], [{"scheduler": s, "monitor": "loss"} for s in (plain, measuring)]))[1]:
-        step_scheduler(config, {"loss": 2.0})
+    _, configs = parsed(([opt], [{"scheduler": s, "monitor": "loss"} for s in (plain, measuring)]))
+    assert stepped(configs, metrics={"loss": 2.0}) == [(plain, None), (measuring, 2.0)]
     assert plain.calls == [None]
     assert measuring.calls == [2.0]
 
 
 def test_a_missing_metric_is_an_error_that_lists_those_logged():
-    opt = optimizer()
-    config = SchedulerConfig(ReduceLROnPlateau(opt), monitor="val_los", reduce_on_plateau=True)
+    config = SchedulerConfig(ReduceLROnPlateau(optimizer()), monitor="val_los", reduce_on_plateau=True)
     with pytest.raises(ConfigurationError, match=r"Logged are: loss, val_loss\. Did you mean 'val_loss'"):
-        step_scheduler(config, {"loss": 1.0, "val_loss": 1.0})
+        stepped([config], metrics={"loss": 1.0, "val_loss": 1.0})
     with pytest.raises(ConfigurationError, match="Logged are: none"):
-        step_scheduler(config, {})
+        stepped([config])
 
 
 def test_a_missing_metric_is_skipped_with_a_warning_when_not_strict():
-    opt = optimizer()
-    config = SchedulerConfig(Measuring(opt), monitor="val_loss", reduce_on_plateau=True, strict=False)
+    config = SchedulerConfig(Measuring(), monitor="val_loss", reduce_on_plateau=True, strict=False)
     with pytest.warns(RuntimeWarning, match="'val_loss', which is not logged"):
-        assert not step_scheduler(config, {"loss": 1.0})
-    assert config.scheduler.calls == []
+        assert stepped([config], metrics={"loss": 1.0}) == []
 
 
+# --- how long a run is -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -400,47 +390,3 @@ def test_estimated_stepping_batches_are_lightnings(arguments, expected):
     estimate = estimated_stepping_batches(*arguments)
     assert estimate == expected
     assert isinstance(estimate, int) or math.isinf(estimate)
-
-
-# --- names -------------------------------------------------------------------------------------------------------
-def grouped(*names):
-    groups = [{"params": nn.Linear(1, 1).parameters(), **({"name": name} if name else {})} for name in names]
-    return SGD(groups, lr=0.1)
-
-
-def test_learning_rates_are_named_after_optimizers_and_counted():
-    class Own(Adam):
-        pass
-
-    opts = [optimizer(Adam), optimizer(), optimizer(Adam), optimizer(Own)]
-    assert lr_names(opts, []) == ["lr-Adam", "lr-SGD", "lr-Adam-1", "lr-Own"]
-    assert lr_names([NullOptimizer()], []) == []
-
-
-def test_schedulers_come_first_and_may_have_names():
-    a, b = optimizer(Adam), optimizer(Adam)
-    assert lr_names([a, b], [SchedulerConfig(StepLR(b, 1))]) == ["lr-Adam", "lr-Adam-1"]
-    assert named_param_groups([a, b], [SchedulerConfig(StepLR(b, 1))])[0].group is b.param_groups[0]
-    assert lr_names([a, b], [SchedulerConfig(StepLR(b, 1), name="gen")]) == ["gen", "lr-Adam"]
-    assert lr_names([a, b], [SchedulerConfig(Custom(None)), SchedulerConfig(object())]) == ["lr-Adam", "lr-Adam-1"]
-
-
-def test_two_schedulers_of_one_optimizer_are_counted_too():
-    opt = optimizer()
-    configs = [SchedulerConfig(StepLR(opt, 1)), SchedulerConfig(LambdaLR(opt, lambda _: 1.0), interval="step")]
-    named = named_param_groups([opt], configs)
-    assert [(group.name, group.interval) for group in named] == [("lr-SGD", "epoch"), ("lr-SGD-1", "step")]
-    assert named_param_groups([opt], [])[0].interval is None
-
-
-def test_several_parameter_groups_are_numbered_or_named():
-    assert lr_names([grouped(None, None)], []) == ["lr-SGD/pg1", "lr-SGD/pg2"]
-    assert lr_names([grouped("x", None)], []) == ["lr-SGD/x", "lr-SGD/pg2"]
-    assert lr_names([grouped("x")], []) == ["lr-SGD/x"]
-    opt = grouped("x", "y")
-    assert lr_names([opt], [SchedulerConfig(StepLR(opt, 1), name="hi")]) == ["hi/x", "hi/y"]
-
-
-def test_equal_names_of_parameter_groups_are_refused():
-    with pytest.raises(ConfigurationError, match=r"lr-SGD has several parameter groups with the names \['x'\]"):
-        lr_names([grouped("x", "x")], [])

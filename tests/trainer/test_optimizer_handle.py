@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
-from paceline.trainer.optim import OptimizerHandle, bare, toggle_optimizer, untoggle_optimizer
+from paceline.trainer.optimizer_handle import OptimizerHandle, bare, toggle_optimizer, untoggle_optimizer
 
 
 def stepping(optimizer, closure, **kwargs):

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from paceline.trainer.rank_zero import (
-    rank_zero_debug,
-    rank_zero_deprecation,
     rank_zero_info,
     rank_zero_only,
     rank_zero_warn,
@@ -65,16 +63,12 @@ def test_a_warning_blames_the_line_that_gave_it() -> None:
     with pytest.warns(UserWarning, match="careful") as caught:
         rank_zero_warn("careful")
     assert Path(caught[0].filename) == Path(__file__)
-    with pytest.warns(DeprecationWarning, match="old") as caught:
-        rank_zero_deprecation("old")
-    assert Path(caught[0].filename) == Path(__file__)
 
 
 def test_a_log_record_names_the_line_that_gave_it(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="paceline"):
         rank_zero_info("seed %d", 7)
-        rank_zero_debug("detail")
-    assert caplog.messages == ["seed 7", "detail"]
+    assert caplog.messages == ["seed 7"]
     assert {record.filename for record in caplog.records} == {Path(__file__).name}
 
 
@@ -83,7 +77,5 @@ def test_other_ranks_neither_warn_nor_log(caplog: pytest.LogCaptureFixture) -> N
     with warnings.catch_warnings(), caplog.at_level(logging.DEBUG, logger="paceline"):
         warnings.simplefilter("error")
         rank_zero_warn("careful")
-        rank_zero_deprecation("old")
         rank_zero_info("seed")
-        rank_zero_debug("detail")
     assert not caplog.messages
