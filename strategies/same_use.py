@@ -7,7 +7,6 @@ gradients is summed up after each window and compared after 1, 2, 4, 8, ... of t
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,14 +25,14 @@ class SameUse:
         """Note the window whose gradients are there; ConfigurationError on every rank if they used other parameters."""
         held = (p for group in optimizer.param_groups for p in group["params"])
         self._windows += 1
-        self._sum = hash((self._sum, *(p.grad is None for p in held))) >> 1
+        self._sum = hash((self._sum, *(p.grad is None for p in held)))
         if self._windows & (self._windows - 1):
             return
-        found = strategy.all_reduce(torch.tensor([self._sum, -self._sum]), "max")
-        if found[0] == -found[1]:
+        channel = strategy.channel("same use")  # of the hosts: no rank waits for its device
+        if len(set(channel.gather_objects(self._sum))) == 1:
             return
         without = {path for path, p in module.named_parameters() if p.requires_grad and p.grad is None}
-        ranks = [set(paths) for paths in strategy.all_gather_object(sorted(without))]
+        ranks = list(map(set, channel.gather_objects(without)))
         other = sorted(set.union(*ranks) - set.intersection(*ranks))
         named = f" ({', '.join(map(repr, other[:3]))}{', ...' if len(other) > 3 else ''})" if other else ""
         raise ConfigurationError(
