@@ -175,6 +175,14 @@ def run_python(program: str, *arguments: str) -> str:
     return done.stdout
 
 
+def test_the_map_of_the_trainer_has_every_module() -> None:
+    doc = ast.get_docstring(ast.parse(MODULES["paceline.trainer"].read_text())) or ""
+    names = [name.strip(" /") for line in doc.splitlines() for name in line[21:].split(",") if line[:4] == "    "]
+    folder = ROOT / "trainer"
+    found = [path.stem for path in folder.glob("*.py")] + [path.parent.name for path in folder.glob("*/__init__.py")]
+    assert sorted(filter(None, names)) == sorted(set(found) - {"__init__"})
+
+
 def test_importing_every_module_prints_nothing_and_changes_nothing() -> None:
     (line,) = run_python(WATCH, json.dumps(list(MODULES))).splitlines()
     before, after = json.loads(line)

@@ -1,5 +1,15 @@
 """The training loop and all that it needs. Start reading at `loop.py`; `trainer.py` is the edge to the rest.
 
+    the loop         loop, stepping, windows, schedules, evaluate, control, agreed_clock, state
+    around it        trainer, arguments, argument_types, properties, stages, hooks, compiling, backend_flags
+    for users        module, datamodule, callback, hparams, optim, optimizer_handle, rng
+    data             plan, data, streamed_data, evaluation_data, loaders, iterables, combined, positions, prefetch,
+                     fingerprint
+    what is logged   metrics, entries, reduction, metric_objects
+    checkpoints      checkpoint/, verify
+    processes        launch, agent, meeting, signals, faults, verdict, rank_zero
+    the command      cli, cli_checkpoint, estimating
+
 The names below are the public ones of this package; all of them are also names of `paceline` itself.
 """
 
