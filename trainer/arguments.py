@@ -14,9 +14,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeGuard
 
 from ..errors import ConfigurationError, UnknownArgumentError, WrongTypeError
 from .argument_types import check_types, kinds_of
@@ -62,6 +62,35 @@ REMOVED_ARGUMENTS = {
     "plugins": "a Strategy object, or precision",
 }
 
+#: Arguments that are whole numbers: the least one, and what else may be given.
+_COUNTS: dict[str, tuple[Any, ...]] = {
+    "max_epochs": (0, None, -1),
+    "max_steps": (0, -1),
+    "min_epochs": (0, None),
+    "min_steps": (0, None),
+    "num_nodes": (1,),
+    "fast_dev_run": (0,),
+    "num_sanity_val_steps": (0, -1),
+    "check_val_every_n_epoch": (1, None),
+    "accumulate_grad_batches": (1,),
+    "global_batch_size": (1, None),
+    "log_every_n_steps": (0,),
+    "reload_dataloaders_every_n_epochs": (0,),
+}
+#: Arguments that are numbers of batches or fractions of all.
+_LIMITS = (*(f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")), "overfit_batches")
+#: What a trainer may do beside training.
+_EXTRAS = ("enable_progress_bar", "enable_checkpointing", "enable_model_summary")
+_MEANT_BY_NONE = {
+    **dict.fromkeys(_EXTRAS, True),
+    "num_sanity_val_steps": 2,
+    "val_check_interval": 1.0,
+    "overfit_batches": 0,
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 50,
+    "default_root_dir": "runs",
+}
+
 
 def named_only(init: Callable[P, None]) -> Callable[P, None]:
     """`Trainer.__init__`, which keeps the arguments that were named as `given`, and refuses all others."""
@@ -93,16 +122,15 @@ def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
         )
 
 
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_limit(name: str, value: Any) -> int | float | None:
     """A number of batches (int) or a fraction of them (float from 0 to 1)."""
     if value is None:
         return None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or value < 0
-        or (isinstance(value, float) and value > 1)
-    ):
+    if not _is_number(value) or value < 0 or (isinstance(value, float) and value > 1):
         raise ConfigurationError(
             f"{name}={value!r} is neither a number of batches (an int from 0) nor a fraction of them (a float from 0.0 "
             "to 1.0)."
@@ -120,7 +148,7 @@ def check_count(name: str, value: Any, least: int = 1, special: tuple[Any, ...] 
     elif hasattr(value, "__index__") and not isinstance(value, bool):
         number = operator.index(value)  # those of NumPy and torch too
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        also = "".join(f" or {s}" for s in special)
+        also = "".join(f" or {s}" for s in special if s is not None)
         raise ConfigurationError(f"{name}={value!r} is not a whole number of at least {least}{also}.")
     return number
 
@@ -152,7 +180,7 @@ def check_clipping(value: Any, algorithm: Any) -> tuple[float | None, str | None
     algorithm = getattr(algorithm, "value", algorithm)
     if algorithm not in (None, "norm", "value"):
         raise ConfigurationError(f"gradient_clip_algorithm={algorithm!r} is not known. Use 'norm' or 'value'.")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+    if value is not None and (not _is_number(value) or value < 0):
         raise ConfigurationError(
             f"gradient_clip_val={value!r} is not a number of at least 0. Use None for no clipping."
         )
@@ -199,74 +227,29 @@ class Arguments:
     @classmethod
     def checked(cls, given: Mapping[str, Any], named: Mapping[str, Any]) -> Arguments:
         """From all that Trainer was given, and what of it was `named`; ConfigurationError for what cannot be used."""
-        barebones = bool(given["barebones"])
-        if barebones:
-            _check_barebones(named)
-        if given["global_batch_size"] is not None and named.get("accumulate_grad_batches") is not None:
-            raise ConfigurationError(
-                f"accumulate_grad_batches={given['accumulate_grad_batches']} and "
-                f"global_batch_size={given['global_batch_size']} contradict each other: the first is derived from the "
-                "second. Give one of them."
-            )
-        clip_value, clip_algorithm = check_clipping(given["gradient_clip_val"], named.get("gradient_clip_algorithm"))
-        if isinstance(given["accumulate_grad_batches"], dict):
-            raise ConfigurationError(
-                f"accumulate_grad_batches={given['accumulate_grad_batches']} is no number. Write "
-                "callbacks=[GradientAccumulationScheduler(scheduling=...)] for one that changes with the epochs."
-            )
-        if given["deterministic"] not in (None, True, False, "warn"):
-            raise ConfigurationError(f"deterministic={given['deterministic']!r}: use True, False or 'warn'.")
-        if given["compile"] not in (None, True, False, "blocks") and not isinstance(given["compile"], dict):
-            raise ConfigurationError(
-                f"compile={given['compile']!r}: use True, 'blocks', or a dict of torch.compile's options."
-            )
-        check_count("num_nodes", given["num_nodes"])
-        fast = given["fast_dev_run"]
-        fast = int(fast) if isinstance(fast, bool) else check_count("fast_dev_run", fast, 0)
-        extras = not (barebones or fast)
-        n_epoch = given["check_val_every_n_epoch"]
-        interval = given["val_check_interval"]
-        if n_epoch is None and isinstance(named.get("val_check_interval"), float):
-            raise ConfigurationError(
-                f"check_val_every_n_epoch=None counts micro-batches across epochs, so val_check_interval={interval!r} "
-                "must be a number of them (an int)."
-            )
-        return cls(
-            max_epochs=1 if fast else _optional_count("max_epochs", given["max_epochs"], 0, (-1,)),
-            max_steps=fast or check_count("max_steps", given["max_steps"], 0, (-1,)),
-            max_seconds=parse_seconds("max_time", given["max_time"]),
-            min_epochs=_optional_count("min_epochs", given["min_epochs"], 0),
-            min_steps=_optional_count("min_steps", given["min_steps"], 0),
-            limit_train_batches=check_limit("limit_train_batches", given["limit_train_batches"]),
-            limit_val_batches=check_limit("limit_val_batches", given["limit_val_batches"]),
-            limit_test_batches=check_limit("limit_test_batches", given["limit_test_batches"]),
-            limit_predict_batches=check_limit("limit_predict_batches", given["limit_predict_batches"]),
-            overfit_batches=check_limit("overfit_batches", given["overfit_batches"]) or 0,
-            fast_dev_run=fast,
-            num_sanity_val_steps=_sanity_steps(given["num_sanity_val_steps"], barebones),
-            val_check_interval=1.0 if fast or interval is None else _check_interval(interval),
-            check_val_every_n_epoch=1 if fast else _optional_count("check_val_every_n_epoch", n_epoch),
-            accumulate_grad_batches=check_count("accumulate_grad_batches", _or(given["accumulate_grad_batches"], 1)),
-            global_batch_size=_optional_count("global_batch_size", given["global_batch_size"]),
-            gradient_clip_val=clip_value,
-            gradient_clip_algorithm=clip_algorithm,
-            log_every_n_steps=_log_every(given["log_every_n_steps"], barebones),
-            enable_progress_bar=not barebones and given["enable_progress_bar"] is not False,
-            enable_checkpointing=extras and given["enable_checkpointing"] is not False,
-            enable_model_summary=not barebones and given["enable_model_summary"] is not False,
-            default_root_dir=os.fspath(_or(given["default_root_dir"], "runs")),
-            deterministic=given["deterministic"],
-            benchmark=given["benchmark"],
-            detect_anomaly=bool(given["detect_anomaly"]),
-            inference_mode=bool(given["inference_mode"]),
-            use_distributed_sampler=bool(given["use_distributed_sampler"]),
-            sync_batchnorm=bool(given["sync_batchnorm"]),
-            reload_dataloaders_every_n_epochs=check_count(
-                "reload_dataloaders_every_n_epochs", given["reload_dataloaders_every_n_epochs"], 0
-            ),
-            compile=given["compile"],
-            barebones=barebones,
-        )
+        _refuse_what_cannot_be_meant(given, named)
+        values: dict[str, Any] = {
+            name: _MEANT_BY_NONE.get(name) if value is None else value for name, value in given.items()
+        }
+        if isinstance(values["fast_dev_run"], bool):
+            values["fast_dev_run"] = int(values["fast_dev_run"])
+        for name, (least, *special) in _COUNTS.items():
+            values[name] = check_count(name, values[name], least, tuple(special))
+        for name in _LIMITS:
+            values[name] = check_limit(name, values[name])
+        values["max_seconds"] = parse_seconds("max_time", values["max_time"])
+        values["val_check_interval"] = _check_interval(values["val_check_interval"])
+        clipping = check_clipping(given["gradient_clip_val"], named.get("gradient_clip_algorithm"))
+        values["gradient_clip_val"], values["gradient_clip_algorithm"] = clipping
+        values["default_root_dir"] = os.fspath(values["default_root_dir"])
+        if fast := values["fast_dev_run"]:
+            values |= {"max_epochs": 1, "max_steps": fast, "val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+            values["enable_checkpointing"] = False
+        if values["barebones"]:
+            values |= dict.fromkeys(_EXTRAS, False)
+            values |= {"num_sanity_val_steps": 0, "log_every_n_steps": 0}
+        values["log_every_n_steps"] = values["log_every_n_steps"] or sys.maxsize  # 0: never, as Lightning spells it
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def limit_of(self, stage: str) -> int | float | None:
         """The limit for "train", "val", "test" or "predict": by fast_dev_run, overfit_batches or its own argument."""
@@ -319,37 +302,13 @@ class Arguments:
             )
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _optional_count(name: str, value: Any, least: int = 1, special: tuple[Any, ...] = ()) -> Any:
-    return None if value is None else check_count(name, value, least, special)
-
-
-def _sanity_steps(value: Any, barebones: bool) -> int:
-    steps: int = 0 if barebones else check_count("num_sanity_val_steps", _or(value, 2), 0, (-1,))
-    return steps
-
-
-def _log_every(value: Any, barebones: bool) -> int:
-    """0 (never, Lightning's spelling for barebones) is a number no step reaches."""
-    every: int = 0 if barebones else check_count("log_every_n_steps", _or(value, 50), 0)
-    return every or sys.maxsize
-
-
 def _check_interval(value: Any) -> int | float | timedelta:
     if isinstance(value, (str, dict, timedelta)):
         seconds = parse_seconds("val_check_interval", value)
         if not seconds or seconds < 0:
             raise ConfigurationError(f"val_check_interval={value!r} is no time that could pass. Use at least a second.")
         return timedelta(seconds=seconds)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or value <= 0
-        or (isinstance(value, float) and value > 1)
-    ):
+    if not _is_number(value) or value <= 0 or (isinstance(value, float) and value > 1):
         raise ConfigurationError(
             f"val_check_interval={value!r} is neither a number of micro-batches (an int from 1) nor a fraction of the "
             "epoch (a float up to 1.0) nor a time ('DD:HH:MM:SS', a timedelta or a dict of its arguments)."
@@ -357,10 +316,34 @@ def _check_interval(value: Any) -> int | float | timedelta:
     return value
 
 
-def _check_barebones(named: Mapping[str, Any]) -> None:
-    for name in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary", "logger", "log_every_n_steps",
-                 "num_sanity_val_steps", "fast_dev_run", "detect_anomaly", "profiler"):  # fmt: skip
-        if named.get(name):
-            raise ConfigurationError(
-                f"barebones=True switches {name} off, but {name}={named[name]!r} asks for it. Leave one out."
-            )
+def _refuse_what_cannot_be_meant(given: Mapping[str, Any], named: Mapping[str, Any]) -> None:
+    if given["barebones"]:
+        others = "logger log_every_n_steps num_sanity_val_steps fast_dev_run detect_anomaly profiler"
+        for name in (*_EXTRAS, *others.split()):
+            if named.get(name):
+                raise ConfigurationError(
+                    f"barebones=True switches {name} off, but {name}={named[name]!r} asks for it. Leave one out."
+                )
+    if given["global_batch_size"] is not None and named.get("accumulate_grad_batches") is not None:
+        raise ConfigurationError(
+            f"accumulate_grad_batches={given['accumulate_grad_batches']} and "
+            f"global_batch_size={given['global_batch_size']} contradict each other: the first is derived from the "
+            "second. Give one of them."
+        )
+    if isinstance(given["accumulate_grad_batches"], dict):
+        raise ConfigurationError(
+            f"accumulate_grad_batches={given['accumulate_grad_batches']} is no number. Write "
+            "callbacks=[GradientAccumulationScheduler(scheduling=...)] for one that changes with the epochs."
+        )
+    if given["deterministic"] not in (None, True, False, "warn"):
+        raise ConfigurationError(f"deterministic={given['deterministic']!r}: use True, False or 'warn'.")
+    if given["compile"] not in (None, True, False, "blocks") and not isinstance(given["compile"], dict):
+        raise ConfigurationError(
+            f"compile={given['compile']!r}: use True, 'blocks', or a dict of torch.compile's options."
+        )
+    n_epoch, interval = given["check_val_every_n_epoch"], given["val_check_interval"]
+    if n_epoch is None and isinstance(named.get("val_check_interval"), float):
+        raise ConfigurationError(
+            f"check_val_every_n_epoch=None counts micro-batches across epochs, so val_check_interval={interval!r} "
+            "must be a number of them (an int)."
+        )
