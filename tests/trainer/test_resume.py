@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import StepLR
 
 import paceline as pl
-from paceline.callbacks import Callback
-from paceline.errors import ConfigurationError
+from paceline.callbacks import Callback, ModelCheckpoint
+from paceline.errors import CheckpointError, ConfigurationError
 
 from helpers.ranks import run_ranks
-from helpers.resumable import CASES, Outcome, every_save, run, same, saved_in
+from helpers.resumable import CASES, Case, Outcome, every_save, run, same, saved_in
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_resumes_from_every_update_validation_and_epoch_end(case: str, tmp_path: Path) -> None:
-    if case == "averaged":
-        pytest.importorskip("paceline.callbacks.weight_averaging")
     whole = run(case, tmp_path / "whole", callbacks=every_save())
     paths = saved_in(tmp_path / "whole")
     assert len(paths) > 8
@@ -64,6 +64,28 @@ def test_it_resumes_with_workers(tmp_path: Path) -> None:
     for name in ("epoch=0-step=2", "epoch=1-step=7"):
         path = str(tmp_path / f"whole/version_0/checkpoints/{name}.ckpt")
         same(run("adam_plateau_accumulated", tmp_path / name, path, workers=2), whole)
+
+
+def test_other_optimizers_or_schedulers_than_were_saved_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = ModelCheckpoint(every_n_train_steps=2)
+    run("sgd_momentum_by_step", tmp_path / "whole", callbacks=(saves,), max_steps=2)
+
+    def sgd(module: pl.Module, count: int, schedulers: list[type[Any]]) -> Any:
+        sgds = [torch.optim.SGD(list(module.parameters())[i::count], lr=0.1, momentum=0.9) for i in range(count)]
+        return sgds, [kind(sgds[0], 1) for kind in schedulers]
+
+    for count, schedulers, told in (
+        (2, [], r"number of optimizers of the checkpoint: 1, .*: 2\."),
+        (1, [], r"schedulers of the checkpoint: \['OneCycleLR'\], .*: \[\]\."),
+        (1, [StepLR], r"schedulers of the checkpoint: \['OneCycleLR'\], .*: \['StepLR'\]\."),
+        (1, [StepLR, StepLR], r"\['StepLR', 'StepLR'\]\. Configure the same"),
+    ):
+        case = Case(lambda module, a=count, b=schedulers: sgd(module, a, b), module=CASES["manual"].module)
+        monkeypatch.setitem(CASES, "changed", case)
+        with pytest.raises(CheckpointError, match=told):
+            run("changed", tmp_path / "other", saves.best_model_path)
 
 
 # --- several ranks ---------------------------------------------------------------------------------------------------

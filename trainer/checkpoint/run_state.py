@@ -100,6 +100,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             "data": trainer.train_data.facts() if trainer.train_data is not None else None,
             "ranks": strategy.all_gather_object(_of_rank(trainer)),
             "scaler": strategy.scaler.state_dict() if strategy.scaler is not None else None,
+            "schedulers": _kinds(trainer),
         }
         if trainer.datamodule is not None:
             checkpoint["datamodule_hyper_parameters"] = trainer.datamodule._hparams_to_store()
@@ -199,16 +200,31 @@ def restore_progress(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Optimizers, schedulers and scaler; after `on_fit_start`, where callbacks add the groups that they had added."""
+    _check_alike("number of optimizers", len(checkpoint["optimizer_states"]), len(trainer.optimizers))
     names = dict(trainer.lightning_module.named_parameters())
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         load_optimizer_state_by_name(optimizer, state, names)
         if trainer.global_step:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns: it stepped elsewhere
+    _check_alike("learning-rate schedulers", checkpoint["paceline"]["schedulers"], _kinds(trainer))
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
         if state is not None:
             config.scheduler.load_state_dict(state)
     if trainer.strategy.scaler is not None and checkpoint["paceline"]["scaler"] is not None:
         trainer.strategy.scaler.load_state_dict(checkpoint["paceline"]["scaler"])
+
+
+def _kinds(trainer: Trainer) -> list[str]:
+    """The classes of the schedulers: the state of one kind would be taken by another without a word."""
+    return [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+
+
+def _check_alike(what: str, saved: Any, now: Any) -> None:
+    if saved != now:
+        raise CheckpointError(
+            f"The {what} of the checkpoint: {saved}, what configure_optimizers gives now: {now}. Configure the same, "
+            "or start from the weights alone."
+        )
 
 
 def restore_metrics(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
