@@ -18,6 +18,7 @@ from math import inf
 from typing import Any, Literal, TypeAlias, get_args
 
 from ..errors import ConfigurationError
+from .loaders import length_of
 
 Mode: TypeAlias = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
 _Batches: TypeAlias = Generator[tuple[Any, int, int], None, None]
@@ -97,7 +98,8 @@ class CombinedLoader:
 
     def __len__(self) -> int:
         """The number of batches; raises `TypeError` where it depends on a loader that has no length."""
-        lengths = [min(_length(loader), limit) for loader, limit in zip(self._loaders, self._bounds(), strict=True)]
+        known = [inf if length is None else length for length in map(length_of, self._loaders)]
+        lengths = list(map(min, known, self._bounds()))
         total = _COMBINED_LENGTH[self._mode](lengths) if lengths else 0
         if total == inf:
             unknown = [path for path, length in zip(self._paths, lengths, strict=True) if length == inf]
@@ -197,13 +199,6 @@ _COMBINED_LENGTH: dict[str, Callable[[list[int | float]], int | float]] = {
     "max_size": max,
     "sequential": sum,
 }
-
-
-def _length(loader: Any) -> int | float:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):  # how iterable data sets and their loaders say that they have none
-        return inf
 
 
 def _stop(limit: float) -> int | None:

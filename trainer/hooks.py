@@ -29,6 +29,7 @@ SHARED_HOOKS = (
     "on_train_start",
     "on_train_end",
     "on_train_epoch_start",
+    "on_train_epoch_end",
     "on_train_batch_start",
     "on_train_batch_end",
     "on_before_zero_grad",
@@ -42,6 +43,8 @@ SHARED_HOOKS = (
     ),
 )
 _CALLBACK_ONLY = ("on_sanity_check_start", "on_sanity_check_end", "on_log", "on_exception")
+#: Where checkpoint and early-stopping callbacks act on metrics and on the state that the others leave: after them.
+_ACTED_AT = ("on_train_batch_end", "on_train_epoch_end")
 #: Hooks that Lightning had once, and how to write them now.
 REMOVED_HOOKS = {
     "training_epoch_end": "collect outputs in training_step and use on_train_epoch_end",
@@ -92,30 +95,21 @@ class Hooks:
     def __init__(self, trainer: Trainer, module: Module, callbacks: Sequence[Callback], metrics: Metrics) -> None:
         self._metrics = metrics
         for name in (*SHARED_HOOKS, *_CALLBACK_ONLY):
-            found = [self._noting(name, cb, trainer, module) for cb in callbacks if overridden(cb, name, Callback)]
+            owners = [callback for callback in callbacks if overridden(callback, name, Callback)]
+            last = [owner for owner in owners if name in _ACTED_AT and getattr(owner, "acts_on_metrics", False)]
+            found = [self.noting(name, owner, trainer, module) for owner in owners if owner not in last]
             if name not in _CALLBACK_ONLY and overridden(module, name, Module):
-                found.append(self._noting(name, module))
+                found.append(self.noting(name, module))
             setattr(self, name, tuple(found))
-        # Checkpoint and early-stopping callbacks act on metrics and the state that the others leave: they come last.
-        for name in ("on_train_batch_end", "on_train_epoch_end"):
-            acting = [cb for cb in callbacks if getattr(cb, "acts_on_metrics", False)]
-            others = [
-                self._noting(name, cb, trainer, module)
-                for cb in callbacks
-                if cb not in acting and overridden(cb, name, Callback)
-            ]
-            if overridden(module, name, Module):
-                others.append(self._noting(name, module))
-            setattr(self, name, tuple(others))
-            last = [
-                self._noting("", cb, trainer, module, method=name) for cb in acting if overridden(cb, name, Callback)
-            ]
-            setattr(self, f"{name}_acting", tuple(last))
+            if name in _ACTED_AT:
+                acting = [self.noting("", owner, trainer, module, method=name) for owner in last]
+                setattr(self, f"{name}_acting", tuple(acting))
 
     def __getattr__(self, name: str) -> tuple[Callable[..., Any], ...]:
         raise AttributeError(f"there is no hook {name!r}")
 
-    def _noting(self, name: str, owner: Any, *head: Any, method: str | None = None) -> Callable[..., Any]:
+    def noting(self, name: str, owner: Any, *head: Any, method: str | None = None) -> Callable[..., Any]:
+        """`owner`'s hook `name` (or its `method`), called with `head` first, inside which `self.log` knows the hook."""
         function, metrics = getattr(owner, method or name), self._metrics
         if name.endswith(("_batch_start", "_batch_end")) and name.startswith(
             ("on_validation", "on_test", "on_predict")
@@ -133,7 +127,7 @@ class Hooks:
 
     def own(self, module: Module, name: str) -> Callable[..., Any] | None:
         """A hook of the module alone, as `optimizer_step`; None where the user did not override it."""
-        return self._noting(name, module) if overridden(module, name, Module) else None
+        return self.noting(name, module) if overridden(module, name, Module) else None
 
 
 def without_missing(function: Callable[..., Any], most: int, *optional: str) -> Callable[..., Any]:

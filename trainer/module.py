@@ -30,13 +30,11 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
     automatic_optimization: bool = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._trainer: Trainer | None = None
-        self.example_input_array: Any = None
-        self._strict_loading = True
-        self.prepare_data_per_node = True
+    example_input_array: Any = None
+    prepare_data_per_node: bool = True
+    strict_loading: bool = True
+    """Whether a checkpoint must have the weights of this module, no more and no fewer."""
+    _trainer: Trainer | None = None
 
     # --- steps -------------------------------------------------------------------------------------------------
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -261,15 +259,6 @@ class Module(HyperParameters, DataHooks, nn.Module):
         from .checkpoint.modules import load_module
 
         return load_module(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
-
-    @property
-    def strict_loading(self) -> bool:
-        """Whether a checkpoint must have the weights of this module, no more and no fewer."""
-        return self._strict_loading
-
-    @strict_loading.setter
-    def strict_loading(self, strict: bool) -> None:
-        self._strict_loading = strict
 
     # --- what a step may use -------------------------------------------------------------------------------------
     def log(

@@ -35,12 +35,10 @@ class Schedulers:
         configs: Sequence[SchedulerConfig],
         step: Callable[[Any, Any], None],
         metrics: Callable[[], Mapping[str, Any]],
-        hook: Callable[[str], None],
     ) -> None:
         self._configs = configs
         self._step = step
         self._metrics = metrics
-        self._hook = hook
         self.by_step = any(c.interval == "step" and c.monitor is None for c in configs)
         self.monitored_by_step = any(c.interval == "step" and c.monitor is not None for c in configs)
 
@@ -66,7 +64,6 @@ class Schedulers:
         if not due:
             return
         metrics = self._metrics() if monitored else {}
-        self._hook("lr_scheduler_step")
         for config in due:
             if not config.reduce_on_plateau:
                 self._step(config.scheduler, None)

@@ -225,9 +225,8 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         control=Control(strategy, wish, agree_to_stop),
         schedulers=Schedulers(
             configs if module.automatic_optimization else [],
-            module.lr_scheduler_step,
+            hooks.noting("lr_scheduler_step", module),
             trainer.reduced_metrics,
-            lambda hook: setattr(metrics, "hook", hook),
         ),
         validation=ValidationTimes(
             validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch, strategy
@@ -352,9 +351,7 @@ def make_transfer(trainer: Trainer, module: Module, dataloader_idx: int) -> Call
             batch = before(batch, dataloader_idx)
         if by_user is not None:
             batch = by_user(batch, strategy.device, dataloader_idx)
-            if strategy.precision.parameters is not None:
-                batch = strategy.batch_to_device(batch, prefetch.move)
-        else:
+        if by_user is None or strategy.precision.parameters is not None:
             batch = strategy.batch_to_device(batch, prefetch.move)
         return batch if after is None else after(batch, dataloader_idx)
 

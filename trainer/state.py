@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 
-class TrainerFn(str, Enum):
+class _Word(str, Enum):
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class TrainerFn(_Word):
     """Which of the four calls is under way."""
 
     FITTING = "fit"
@@ -15,11 +20,8 @@ class TrainerFn(str, Enum):
     TESTING = "test"
     PREDICTING = "predict"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class TrainerStatus(str, Enum):
+class TrainerStatus(_Word):
     """How far the call has come."""
 
     INITIALIZING = "initializing"
@@ -27,11 +29,8 @@ class TrainerStatus(str, Enum):
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class RunningStage(str, Enum):
+class RunningStage(_Word):
     """What is being done right now: validation inside `fit` is "validate", its sanity check "sanity_check"."""
 
     TRAINING = "train"
@@ -39,9 +38,6 @@ class RunningStage(str, Enum):
     VALIDATING = "validate"
     TESTING = "test"
     PREDICTING = "predict"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass

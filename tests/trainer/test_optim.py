@@ -299,7 +299,7 @@ def stepped(configs, task="epoch_monitored", metrics=None, steps=0, epoch=0):
         calls.append((scheduler, metric))
         Module().lr_scheduler_step(scheduler, metric)
 
-    schedulers = Schedulers(configs, step, lambda: metrics or {}, lambda hook: None)
+    schedulers = Schedulers(configs, step, lambda: metrics or {})
     schedulers.run(task, Progress(global_step=steps, epoch=epoch))
     return calls
 
