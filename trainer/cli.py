@@ -48,8 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # --- paceline launch --------------------------------------------------------------------------------------------------
 def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--devices", type=_positive, metavar="N", help="ranks on this node (default: one a GPU, or 1)")
-    parser.add_argument("--num-nodes", type=_positive, default=1, metavar="N", help="nodes of the job (default: 1)")
+    parser.add_argument(
+        "--devices",
+        "--nproc-per-node",
+        type=_positive,
+        metavar="N",
+        help="ranks on this node (default: one a GPU, or 1)",
+    )
+    parser.add_argument(
+        "--num-nodes", "--nnodes", type=_positive, default=1, metavar="N", help="nodes of the job (default: 1)"
+    )
     parser.add_argument("--node-rank", type=int, default=0, metavar="R", help="which node this is: 0 to N - 1")
     parser.add_argument("--master-addr", metavar="ADDR", help="address of node 0 that the other nodes can reach")
     parser.add_argument("--master-port", type=int, default=29500, metavar="PORT", help="free port on node 0")

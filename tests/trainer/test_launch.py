@@ -322,8 +322,8 @@ def test_two_nodes_form_one_job_and_the_failure_of_one_ends_both() -> None:
         port = probe.getsockname()[1]
 
     def node(rank: int) -> tuple[object, ...]:
-        nodes = ("--num-nodes", 2, "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port", port)
-        return (*PACELINE, "launch", "--devices", 1, *nodes, "train.py")
+        nodes = ("--nnodes", 2, "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port", port)
+        return (*PACELINE, "launch", "--nproc-per-node", 1, *nodes, "train.py")
 
     with start_command(*node(0)) as first, start_command(*node(1)) as second:
         results = [first.wait(), second.wait()]
@@ -339,7 +339,7 @@ def test_two_nodes_form_one_job_and_the_failure_of_one_ends_both() -> None:
     [
         (["lauch", "train.py"], "there is no command 'lauch'. Did you mean 'launch'?"),
         (["frobnicate"], "there is no command 'frobnicate'. There are: launch, "),
-        (["launch", "--devices", "0", "x.py"], "argument --devices: 0 is not at least 1"),
+        (["launch", "--devices", "0", "x.py"], "argument --devices/--nproc-per-node: 0 is not at least 1"),
         (["launch", "--devices", "two", "x.py"], "argument --devices"),
         (["launch", "x.py"], "there is no file 'x.py' here"),
         (["launch", "--num-nodes", "2", "--node-rank", "2", "."], "--node-rank 2 is not one of 0 to 1"),
