@@ -13,8 +13,9 @@ import paceline as pl
 from paceline.callbacks import Callback, ModelCheckpoint
 from paceline.errors import CheckpointError, ConfigurationError
 
+from helpers import resumable
 from helpers.ranks import run_ranks
-from helpers.resumable import CASES, Case, Outcome, every_save, run, same, saved_in
+from helpers.resumable import CASES, SAMPLES, Case, Noisy, Outcome, every_save, run, same, saved_in
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,6 +65,25 @@ def test_it_resumes_with_workers(tmp_path: Path) -> None:
     for name in ("epoch=0-step=2", "epoch=1-step=7"):
         path = str(tmp_path / f"whole/version_0/checkpoints/{name}.ckpt")
         same(run("adam_plateau_accumulated", tmp_path / name, path, workers=2), whole)
+
+
+def test_a_resumed_run_reads_the_samples_that_it_trains_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    class Notes(Noisy):
+        def __getitem__(self, index: int) -> Any:
+            if len(self) == SAMPLES:  # those of training
+                read.append(index)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(resumable, "Noisy", Notes)
+    saves = ModelCheckpoint(every_n_train_steps=4)
+    run("sgd_momentum_by_step", tmp_path / "whole", callbacks=(saves,), max_steps=4)
+    read.clear()
+    resumed = run("sgd_momentum_by_step", tmp_path / "resumed", saves.best_model_path, max_epochs=1)
+    assert read == [index for _, _, batch in resumed.seen for index in batch] and len(read) == 20
 
 
 def test_other_optimizers_or_schedulers_than_were_saved_are_refused(

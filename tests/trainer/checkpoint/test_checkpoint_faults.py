@@ -90,6 +90,33 @@ def test_a_save_that_fails_anywhere_leaves_the_older_checkpoint_whole(
         assert leftovers == []
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc to name what is synced")
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name_and_the_name_before_save_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def sync(descriptor: int) -> None:
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_sync(descriptor)
+
+    def rename(old: str, new: str) -> None:
+        events.append(("rename", old))
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    path = Path(save_step(str(tmp_path), 1))
+    (at,) = (i for i, (kind, _) in enumerate(events) if kind == "rename")
+    folder = events[at][1]
+    manifest = events.index(("sync", f"{folder}/manifest.json"))
+    for name in {file.name for file in path.iterdir()} - {"manifest.json"}:
+        assert events.index(("sync", f"{folder}/{name}")) < manifest
+    assert manifest < events.index(("sync", folder)) < at
+    assert events[-1] == ("sync", str(tmp_path)) and len(events) - 1 > at
+
+
 def test_a_removal_that_fails_anywhere_leaves_the_other_checkpoint_whole(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
