@@ -110,10 +110,10 @@ class BlockReader:
 
     def verify(self) -> None:
         """Read all of the file."""
-        if self._record is not None:
-            buffer = memoryview(bytearray(min(self._record.block_bytes, self.size)))
-            for block, start in enumerate(range(0, self.size, self._record.block_bytes)):
-                self._fill_block(buffer[: min(len(buffer), self.size - start)], block)
+        assert self._record is not None
+        buffer = memoryview(bytearray(min(self._record.block_bytes, self.size)))
+        for block, start in enumerate(range(0, self.size, self._record.block_bytes)):
+            self._fill_block(buffer[: min(len(buffer), self.size - start)], block)
 
     def close(self) -> None:
         """Close the file."""

@@ -19,8 +19,8 @@ from .convert import load_weights_of
 from .find import is_checkpoint
 from .index import Piece, without_aliases
 from .load import load
-from .save import errors_named, file_buffers, save
-from .storage import reading, storage_of
+from .save import file_buffers, save
+from .storage import reading, storage_of, writing
 from .strict_json import take_count
 
 
@@ -53,7 +53,7 @@ def export(
     target, settings = storage.join(place, "model.safetensors"), storage.join(place, "config.json")
     with reading(os.fspath(config or "")):
         config_bytes = Path(config).read_bytes() if config is not None else b""
-    with errors_named(target, "written"):
+    with writing(target, "written"):
         for path in (target, settings) if config_bytes else (target,):
             if storage.exists(path):
                 raise CheckpointError(f"{path} exists already. Move it away, or export to another folder.")

@@ -224,28 +224,18 @@ class Files:
 
     def read(self, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
         """The tensors of these records, read in the order in which they lie in the files."""
-        places = [
-            (box.file, self.place(tensor, name, box), name, box)
-            for name, tensor in records.items()
-            for box in tensor.boxes
-        ]
-        places.sort(key=lambda place: (place[0], place[1].start))
-        tensors: dict[str, Tensor] = {}
-        for file, entry, name, box in places:
-            record = records[name]
-            piece, stored = empty_host_tensor(record.dtype, box.shape)
-            self._opened(file)[0].read_into(bytes_of(stored), entry.start)
-            if box.shape == record.shape:
-                tensors[name] = piece
-                continue
-            if name not in tensors:
-                tensors[name] = torch.empty(record.shape, dtype=record.dtype)
-            tensors[name][tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape, strict=True))] = piece
+        first = {}
+        for name, record in records.items():  # all proved before memory is taken for any
+            first[name] = min((box.file, self.place(record, name, box).start) for box in record.boxes)
+        tensors = {name: self.read_box(name, records[name]) for name in sorted(records, key=lambda name: first[name])}
         return {name: tensors[name] for name in records}
 
-    def read_box(self, name: str, record: TensorRecord, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """A box of a tensor, from whichever boxes are stored; whole rows of these are read and no others."""
-        result = torch.empty(tuple(shape), dtype=record.dtype)
+    def read_box(
+        self, name: str, record: TensorRecord, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """A box of a tensor, or all of it, from whichever boxes are stored; whole rows of these and no others."""
+        offset, shape = offset or (0,) * len(record.shape), record.shape if shape is None else tuple(shape)
+        result: Tensor | None = None
         for box in record.boxes:
             begin = [max(a, b) for a, b in zip(offset, box.offset, strict=True)]
             end = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, box.offset, box.shape, strict=True)]
@@ -256,12 +246,13 @@ class Files:
             piece, stored = empty_host_tensor(record.dtype, (rows, *box.shape[1:]) if begin else ())
             row_bytes = record.dtype.itemsize * math.prod(box.shape[1:])
             self._opened(box.file)[0].read_into(bytes_of(stored), entry.start + first * row_bytes)
-            if piece.shape == result.shape:
+            if piece.shape == shape:
                 return piece
+            result = torch.empty(shape, dtype=record.dtype) if result is None else result
             ranges = list(zip(begin, end, box.offset, strict=True))[1:]
             taken = (slice(None), *(slice(b - o, e - o) for b, e, o in ranges)) if begin else ()
             result[tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, offset, strict=True))] = piece[taken]
-        return result
+        return torch.empty(shape, dtype=record.dtype) if result is None else result
 
     def close(self) -> None:
         """Close them all."""

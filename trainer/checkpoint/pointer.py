@@ -10,7 +10,7 @@ import os
 
 from ...errors import CheckpointError
 from .blocks import BlockReader
-from .storage import reading, storage_of
+from .storage import reading, storage_of, writing
 from .strict_json import read_json, take, write_json
 from .unfinished import temporary_name
 
@@ -32,10 +32,8 @@ def write_pointer(path: str | os.PathLike[str], target: str | os.PathLike[str]) 
     if storage.exists(path) and (not storage.is_file(path) or _target(path) is None):
         raise CheckpointError(f"{path} exists and is no pointer. Move it away, or choose another name.")
     data = write_json({"format": _FORMAT, "format_version": 1, "target": target_name})
-    try:
+    with writing(path, "written"):
         storage.replace(path, data, storage.join(folder, temporary_name(name)))
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error.strerror or error}.") from error
     return path
 
 

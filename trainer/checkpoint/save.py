@@ -25,7 +25,7 @@ from .encode import encode
 from .index import Piece, index_name, index_record, into_files, merge, without_aliases
 from .manifest import MANIFEST, TREES, encode_meta, manifest_bytes, manifest_in
 from .pointer import SUFFIX
-from .storage import Disk, Storage, remove_folder, storage_of
+from .storage import Disk, Storage, remove_folder, storage_of, writing
 from .strict_json import write_json
 from .tensors import bytes_of, header, host_tensor, why_not_storable
 from .unfinished import Lock, sweep, temporary_name
@@ -80,7 +80,7 @@ def write(path: str | os.PathLike[str], prepared: Prepared, file_bytes: int = FI
     files = {part: into_files(part, pieces, file_bytes, 0, 1) for part, pieces in prepared.parts.items() if pieces}
     index = index_record(files, prepared.aliases, 0, 1)
     merge([(INDEX, index)])  # proves the cover
-    with errors_named(wanted), Draft(storage, wanted) as draft:
+    with writing(wanted), Draft(storage, wanted) as draft:
         records = {INDEX: draft.claim(INDEX, write_json(index, INDEX))}
         records[TREES] = write_blocks(storage, draft.path(TREES), [memoryview(write_json(prepared.trees, TREES))])
         for name, pieces in itertools.chain.from_iterable(part.items() for part in files.values()):
@@ -92,7 +92,7 @@ def remove(path: str | os.PathLike[str]) -> None:
     """Remove a checkpoint; from its first step on it counts no more. What is no valid one is left, with an error."""
     storage, folder = storage_of(path)
     manifest = manifest_in(storage, folder)
-    with errors_named(folder, "removed"):
+    with writing(folder, "removed"):
         if isinstance(storage, Disk):
             parent, name = storage.split(folder)
             doomed = storage.join(parent, temporary_name(name))
@@ -216,15 +216,3 @@ def _versions(path: str) -> Iterator[str]:
     yield path
     for version in itertools.count(1):
         yield f"{path.removesuffix(SUFFIX)}-v{version}{SUFFIX}"
-
-
-@contextlib.contextmanager
-def errors_named(path: str, what: str = "saved") -> Iterator[None]:
-    """An error of the disk as a CheckpointError that names the path and the cause."""
-    try:
-        yield
-    except OSError as error:
-        cause = error.strerror or str(error) or type(error).__name__
-        raise CheckpointError(
-            f"{path} could not be {what}: {cause} ({error.filename or path}). Older checkpoints are untouched."
-        ) from error

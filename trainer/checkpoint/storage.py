@@ -83,6 +83,18 @@ def reading(path: str) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {cause}.") from error
 
 
+@contextlib.contextmanager
+def writing(path: str, what: str = "saved") -> Iterator[None]:
+    """An error of the storage as a CheckpointError that names the path, the cause and the file."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror or str(error) or type(error).__name__
+        raise CheckpointError(
+            f"{path} could not be {what}: {cause} ({error.filename or path}). Older checkpoints are untouched."
+        ) from error
+
+
 def storage_of(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     """The storage of `path`, and the path in the form that its operations take."""
     text = os.fspath(path)

@@ -81,7 +81,7 @@ def _fill_whole(files: Files, name: str, record: TensorRecord, target: Tensor, s
     problem: Exception | None = None
     if strategy.rank == 0:
         try:
-            target.copy_(files.read_box(name, record, (0,) * len(record.shape), record.shape))
+            target.copy_(files.read_box(name, record))
         except (CheckpointError, OSError) as error:
             problem = error
     if problem := strategy.broadcast_object(problem):
