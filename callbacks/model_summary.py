@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
+from ..trainer.metric_objects import modes_kept
 from ..trainer.prefetch import move
 from ..trainer.rng import isolated
 
@@ -230,7 +230,8 @@ def _find_sizes(module: nn.Module, example: Any, rows: Sequence[Layer], layers: 
 
     handles = [layer.register_forward_hook(note(row)) for layer, row in zip(layers, rows, strict=False)]
     try:
-        with _evaluation_mode(module), isolated(), torch.no_grad():
+        with modes_kept(module), isolated(), torch.no_grad():
+            module.eval()
             _forward(module, example)
     finally:
         for handle in handles:
@@ -251,17 +252,6 @@ def _forward(module: nn.Module, example: Any) -> None:
         return module(*example) if isinstance(example, (list, tuple)) else module(example)
 
     (step if trainer is None else trainer.strategy.evaluation_step(step))()
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _shapes(value: Any) -> Any:

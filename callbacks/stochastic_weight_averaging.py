@@ -21,7 +21,7 @@ from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.hooks import without_missing
-from ..trainer.metric_objects import untouched
+from ..trainer.metric_objects import modes_kept, untouched
 from ..trainer.optim import SchedulerConfig
 from ..trainer.rank_zero import rank_zero_info, rank_zero_warn
 from ..trainer.rng import isolated
@@ -175,14 +175,13 @@ def _renew_batch_norm(trainer: Trainer, module: Module) -> None:
     if not layers or trainer.fit_run is None:
         return
     momenta = [layer.momentum for layer in layers]
-    modes = [(layer, layer.training) for layer in module.modules()]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # a mean in which all batches weigh the same
-    module.train()
     synchronized = any(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
     step = trainer.strategy.evaluation_step(without_missing(module.training_step, 2, "batch_idx"))
-    with torch.no_grad(), isolated(), trainer.metrics.silent(), untouched(module):
+    with torch.no_grad(), isolated(), trainer.metrics.silent(), untouched(module), modes_kept(module):
+        module.train()
         batch_idx = 0
         for window in trainer.fit_run.data.windows(trainer.current_epoch):
             for weight, batch in zip(window.weights, islice(window.batches, len(window.weights)), strict=False):
@@ -191,8 +190,6 @@ def _renew_batch_norm(trainer: Trainer, module: Module) -> None:
                 batch_idx += 1
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
-    for part, training in modes:
-        part.training = training
     if trainer.world_size > 1 and not synchronized:
         for layer in layers:
             _average_over_ranks(trainer, layer)

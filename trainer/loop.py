@@ -48,7 +48,6 @@ class Fit:
     control: Control
     schedulers: Schedulers
     validation: ValidationTimes
-    stepper: Stepper
     start_streams: Callable[[], None]
     reload_data: Callable[[], None]
     prepare_epoch: Callable[[], None]
@@ -63,6 +62,7 @@ class Fit:
     batch_idx: int = 0
     num_batches: int | float = 0
     last_batch: tuple[Any, Any, int] | None = None
+    stepper: Stepper = field(init=False)
     data: PlannedData | StreamedData = field(init=False)
     training_step: Callable[..., Any] = field(init=False)
     ghost_step: Callable[..., Any] = field(init=False)

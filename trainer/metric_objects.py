@@ -131,6 +131,17 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
             buffer.data.copy_(before)  # autograd may have saved the buffer; what goes backward is multiplied by zero
 
 
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Every layer gets its mode (training or evaluation) back afterwards."""
+    held = [(layer, layer.training) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for layer, training in held:
+            layer.training = training
+
+
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
     """States are tensors, changed in place, and lists, appended to."""
     return {

@@ -172,22 +172,14 @@ def _let_go_of_loaders(trainer: Trainer) -> None:
 # --- fit -------------------------------------------------------------------------------------------------------
 def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
     """Everything between the set-up hooks and `on_train_start`."""
-    strategy, metrics, hooks, arguments = trainer.strategy, trainer.metrics, trainer.hooks, trainer.arguments
+    strategy, hooks, arguments = trainer.strategy, trainer.hooks, trainer.arguments
     checkpoint = None if trainer.ckpt_path is None else run_state.read(trainer, trainer.ckpt_path)
     if checkpoint is not None:
         run_state.check_resumable(checkpoint, str(trainer.ckpt_path))
         _take_seed(trainer, checkpoint["paceline"]["seed"])
         run_state.restore_weights(trainer, checkpoint)  # what the data module and callbacks know, before the loaders
     trainer.progress = Progress()
-    optimizers, configs = parse_optimizers(module.configure_optimizers(), module.automatic_optimization)
-    for optimizer in optimizers:
-        strategy.check_optimizer(optimizer)
-        if strategy.scaler is not None and needs_closure(optimizer):
-            raise ConfigurationError(
-                f"{type(optimizer).__name__} cannot be used with precision='16-mixed': its closure repeats the backward"
-                " pass within a step, which a loss scaler does not allow. Use 'bf16-mixed' or '32-true'."
-            )
-    trainer.optimizers, trainer.lr_scheduler_configs = optimizers, configs
+    _make_optimizers(trainer, module)
     data = trainer.load_train_data()
     check_same_data(trainer, data)
     if checkpoint is not None:
@@ -195,43 +187,26 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         run_state.restore_progress(trainer, checkpoint)
     strategy.wrap()
 
-    progress = trainer.progress
     limits = Limits(
         arguments.max_epochs, arguments.max_steps, arguments.max_seconds, arguments.min_epochs, arguments.min_steps
     )
 
-    def wish() -> Wish:
-        if trainer.saver.failed:
-            if trainer.world_size == 1:
-                trainer.settle_saves()
-            return Wish.STOP
-        if (trainer.should_stop or limits.time_is_up()) and limits.may_stop_early(progress):
-            return Wish.STOP
-        return Wish.SUSPEND if trainer.signals.came else Wish.NONE
-
-    def agree_to_stop() -> None:
-        trainer.settle_saves()  # raises on all ranks where a failed save was the reason
-        trainer.should_stop = True
-
-    clipping = arguments.gradient_clip_val, arguments.gradient_clip_algorithm
-    stepper = Stepper(module, strategy, hooks, metrics, optimizers, *clipping)
     validation = _validation(trainer, module, val_loaders)
     fit = Fit(
         strategy=strategy,
         hooks=hooks,
-        metrics=metrics,
-        progress=progress,
+        metrics=trainer.metrics,
+        progress=trainer.progress,
         limits=limits,
-        control=Control(strategy, wish, agree_to_stop),
+        control=_control(trainer, limits),
         schedulers=Schedulers(
-            configs if module.automatic_optimization else [],
+            trainer.lr_scheduler_configs if module.automatic_optimization else [],
             hooks.noting("lr_scheduler_step", module),
             trainer.reduced_metrics,
         ),
         validation=ValidationTimes(
             validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch, strategy
         ),
-        stepper=stepper,
         start_streams=lambda: _start_streams(trainer, checkpoint),
         reload_data=lambda: _reload_data(trainer, fit, module),
         prepare_epoch=lambda: _prepare_epoch(trainer, fit, module),
@@ -242,10 +217,10 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         log_every_n_steps=arguments.log_every_n_steps,
         automatic=module.automatic_optimization,
     )
-    stepper.fit = fit
     trainer.fit_run = fit
-    fit.data = data
-    fit.num_batches = fit.data.num_batches
+    clipping = arguments.gradient_clip_val, arguments.gradient_clip_algorithm
+    fit.stepper = Stepper(fit, module, trainer.optimizers, *clipping)
+    fit.data, fit.num_batches = data, data.num_batches
     trainer.say_what_was_chosen()
     _call(hooks.on_fit_start)
     if validation is not None:
@@ -255,6 +230,37 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         run_state.restore_optimizers(trainer, checkpoint)
     limits.start()
     return fit
+
+
+def _make_optimizers(trainer: Trainer, module: Module) -> None:
+    optimizers, configs = parse_optimizers(module.configure_optimizers(), module.automatic_optimization)
+    for optimizer in optimizers:
+        trainer.strategy.check_optimizer(optimizer)
+        if trainer.strategy.scaler is not None and needs_closure(optimizer):
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} cannot be used with precision='16-mixed': its closure repeats the backward"
+                " pass within a step, which a loss scaler does not allow. Use 'bf16-mixed' or '32-true'."
+            )
+    trainer.optimizers, trainer.lr_scheduler_configs = optimizers, configs
+
+
+def _control(trainer: Trainer, limits: Limits) -> Control:
+    """What this rank wishes for, and what all do once a stop is agreed."""
+
+    def wish() -> Wish:
+        if trainer.saver.failed:
+            if trainer.world_size == 1:
+                trainer.settle_saves()
+            return Wish.STOP
+        if (trainer.should_stop or limits.time_is_up()) and limits.may_stop_early(trainer.progress):
+            return Wish.STOP
+        return Wish.SUSPEND if trainer.signals.came else Wish.NONE
+
+    def agree_to_stop() -> None:
+        trainer.settle_saves()  # raises on all ranks where a failed save was the reason
+        trainer.should_stop = True
+
+    return Control(trainer.strategy, wish, agree_to_stop)
 
 
 def _start_streams(trainer: Trainer, checkpoint: dict[str, Any] | None) -> None:

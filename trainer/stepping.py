@@ -20,34 +20,29 @@ from .optimizer_handle import OptimizerHandle
 from .windows import Window
 
 if TYPE_CHECKING:
-    from ..strategies.base import Strategy
-    from .hooks import Hooks
     from .loop import Fit
-    from .metrics import Metrics
     from .module import Module
 
 
 class Stepper:
     """The optimizer's half of a window. `cleared`: gradients of the window before are gone."""
 
-    fit: Fit
-
     def __init__(
         self,
+        fit: Fit,
         module: Module,
-        strategy: Strategy,
-        hooks: Hooks,
-        metrics: Metrics,
         optimizers: list[Optimizer],
         clip_value: float | None,
         clip_algorithm: str | None,
     ) -> None:
+        hooks = fit.hooks
         self.cleared = False
         self.own_backward = hooks.own(module, "backward")
         self._module = module
-        self._strategy = strategy
+        self._fit = fit
+        self._strategy = fit.strategy
         self._hooks = hooks
-        self._metrics = metrics
+        self._metrics = fit.metrics
         self._optimizer = optimizers[0]
         self.handles = [OptimizerHandle(optimizer, self.step_by_hand, module) for optimizer in optimizers]
         self._clip = (clip_value, clip_algorithm)
@@ -91,7 +86,7 @@ class Stepper:
         if self._own_zero_grad is None:
             clear_gradients(optimizer)
         else:
-            self._own_zero_grad(self.fit.progress.epoch, batch_idx, optimizer)
+            self._own_zero_grad(self._fit.progress.epoch, batch_idx, optimizer)
 
     def skip_backward(self, index: int, batch_idx: int) -> None:
         """`training_step` returned None: alone, its weight leaves the window; beside others, its gradient is zero."""
@@ -129,7 +124,7 @@ class Stepper:
         if self._own_step is not None:
             handle = self.handles[0]
             before = handle.stepped
-            self._own_step(self.fit.progress.epoch, batch_idx, handle, self._closure())
+            self._own_step(self._fit.progress.epoch, batch_idx, handle, self._closure())
             return handle.stepped > before
         return self._strategy.optimizer_step(optimizer, self._closure() if self._needs_closure else None)
 
@@ -170,7 +165,7 @@ class Stepper:
             for index, (batch, batch_idx, scale) in enumerate(self._kept):
                 if last:
                     self._strategy.sync_gradients(index == last)
-                output = self.fit.training_step(batch, batch_idx)
+                output = self._fit.training_step(batch, batch_idx)
                 loss = output if isinstance(output, Tensor) else output["loss"]
                 scaled = self._strategy.scale(loss * scale)
                 scaled.backward()
@@ -186,7 +181,7 @@ class Stepper:
     # --- manual optimization ------------------------------------------------------------------------------------
     def backward_by_hand(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """A backward pass whose gradients are averaged over the ranks; repeating that is harmless."""
-        if self.fit.automatic:
+        if self._fit.automatic:
             raise ConfigurationError(
                 "manual_backward() is for manual optimization. Set self.automatic_optimization = False in __init__, or "
                 "return the loss from training_step."
@@ -206,7 +201,7 @@ class Stepper:
 
     def step_by_hand(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> bool:
         """What `step` of the wrapper does that `self.optimizers()` returns."""
-        if not self.fit.automatic:
+        if not self._fit.automatic:
             self._strategy.unscale_gradients(optimizer)
             for hook in self._hooks.on_before_optimizer_step:
                 hook(optimizer)
