@@ -65,7 +65,7 @@ def choose(
 
 def by_size(choice: Choice, sizes: Sizes, precision: Precision, local_rank: int = 0) -> Choice:
     """The choice of `"auto"` for a model of these sizes; any other choice as it is."""
-    if not choice.automatic or not sizes.parameters:
+    if not choice.automatic:
         return choice
     memory = memory_of(choice.device_of(local_rank), choice.ranks_here)
     name, reason = pick(sizes, precision, choice.ranks_here, choice.num_nodes, memory)

@@ -40,16 +40,28 @@ def asked() -> Asked | None:
 
 
 def built(module: Module, trainer: Trainer) -> Module:
-    """`module`, or where `configure_model` is yet to build its layers, a copy with them on the meta device."""
+    """`module`, or where `configure_model` is yet to build its layers, a copy with them on the meta device.
+
+    Raises ConfigurationError where there are no layers before `setup`.
+    """
     import torch
 
     if any(True for _ in module.parameters()):
         return module
-    other = copy.deepcopy(module)
-    other.trainer = trainer
-    with torch.device("meta"):
-        other.configure_model()
-    return other
+    why = "it has no parameters"
+    try:
+        other = copy.deepcopy(module)
+        other.trainer = trainer
+        with torch.device("meta"):
+            other.configure_model()
+        if any(True for _ in other.parameters()):
+            return other
+    except Exception as error:  # noqa: BLE001  # what it needs may be made by setup, whose time is to come
+        why = f"configure_model raised {type(error).__name__} ({error})"
+    raise ConfigurationError(
+        f"The size of {type(module).__name__} is not known before setup(): {why}. Build its layers in __init__, or in "
+        "configure_model from what __init__ knows."
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

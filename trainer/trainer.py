@@ -296,11 +296,7 @@ class Trainer(TrainerProperties):
         if self._cluster is None and self._choice.ranks_here * self._choice.num_nodes > 1:
             launch.start_ranks(self._choice.ranks_here, self._choice.num_nodes)
         if module is not None and self._choice.automatic:
-            sizes = measure(estimating.built(module, self))
-            chosen = by_size(self._choice, sizes, self.precision_policy, self._local_rank)
-            if chosen.strategy is not self.strategy:
-                self._use(chosen)
-            self._choice = chosen
+            self._choose_by_size(module)
         cluster = self._cluster
         if cluster is not None:
             alike = {"strategy": self.strategy.name, "precision": self.precision_policy.name}
@@ -310,6 +306,17 @@ class Trainer(TrainerProperties):
         for channel in ("control", "metrics", "data", "checkpoint"):  # made together: making one is a collective
             self.strategy.channel(channel)
         self._connected = True
+
+    def _choose_by_size(self, module: Module) -> None:
+        try:
+            sizes = measure(estimating.built(module, self))
+        except ConfigurationError as unknown:
+            self._choice = replace(self._choice, reason=f"auto: {str(unknown).rstrip('.')}")
+            return
+        chosen = by_size(self._choice, sizes, self.precision_policy, self._local_rank)
+        if chosen.strategy is not self.strategy:
+            self._use(chosen)
+        self._choice = chosen
 
     def load_train_data(self) -> PlannedData | StreamedData:
         """The training data of `fit`, made when first asked for."""

@@ -99,6 +99,32 @@ def test_auto_chooses_once_the_model_is_known_and_says_why(share: float, name: s
     assert said in line
 
 
+class BuiltLater(Layered):
+    """Builds its layers when `setup` has told how."""
+
+    def setup(self, stage: str) -> None:
+        self.build_now = True
+
+    def configure_model(self) -> None:
+        if self.build_now:
+            super().configure_model()
+
+
+def fit_built_later() -> str:
+    trainer = tiny_trainer(strategy="auto")
+    trainer.fit(BuiltLater(late=True), batches(8, 2))
+    return trainer.strategy.name
+
+
+def test_auto_takes_ddp_where_the_model_needs_setup_and_says_so() -> None:
+    results = run_ranks(fit_built_later, 2)
+    assert list(results) == ["DDP"] * 2
+    assert (
+        "DDP (auto: The size of BuiltLater is not known before setup(): configure_model raised AttributeError ('Buil"
+        in results.outputs[0]
+    )
+
+
 SCRIPT = """
 import torch, paceline as pl
 from torch import nn
@@ -141,11 +167,15 @@ def test_the_command_prints_the_table_for_machines_that_are_not_here(tmp_path: P
     [
         (["--devices", "2", "nothing.py"], "there is no file 'nothing.py'"),
         (["empty.py", "--devices", "2"], "empty.py ended without calling fit"),
+        (["setup.py", "--devices", "2"], "The size of M is not known before setup(): it has no parameters. Build its"),
         (["empty.py"], "--devices N, and --num-nodes N above one node, say for which machines"),
     ],
 )
 def test_what_cannot_be_estimated_is_an_error(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "setup.py").write_text(
+        "import paceline as pl\nclass M(pl.Module): pass\npl.Trainer(accelerator='cpu').validate(M(), [1])\n"
+    )
     done = run_command(sys.executable, "-m", "paceline.trainer.cli", "estimate", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
