@@ -85,17 +85,15 @@ def _launch(arguments: argparse.Namespace) -> int:
     program = ["-m", arguments.program] if arguments.module else [arguments.program]
     command = [sys.executable, *program, *arguments.args]
     devices = arguments.devices or _device_count()
-    several = (
-        {}
-        if arguments.num_nodes == 1
-        else {
-            "num_nodes": arguments.num_nodes,
-            "node_rank": arguments.node_rank,
-            "master_addr": arguments.master_addr,
-            "master_port": arguments.master_port,
-        }
+    return run_ranks(
+        command,
+        devices=devices,
+        num_nodes=arguments.num_nodes,
+        node_rank=arguments.node_rank,
+        master_addr=arguments.master_addr or "127.0.0.1",
+        master_port=arguments.master_port if arguments.num_nodes > 1 else 0,
+        grace_seconds=arguments.grace_seconds,
     )
-    return run_ranks(command, devices=devices, grace_seconds=arguments.grace_seconds, **several)
 
 
 # --- paceline verify-resume -------------------------------------------------------------------------------------------

@@ -32,8 +32,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["LAUNCHER_FOLDER", "Report", "leave", "ranks_in_a_run", "read_reports", "report", "reported"]
-
 LAUNCHER_FOLDER = "PACELINE_LAUNCHER_FOLDER"
 """The variable that names the folder where ranks leave word for our launcher; other launchers do not set it."""
 
@@ -55,49 +53,37 @@ class Report:
 
 
 @contextlib.contextmanager
-def reported(
-    *, rank: int, world_size: int, where: str | Callable[[], str] = "", store: Store | None = None
-) -> Iterator[None]:
+def reported(*, rank: int, world_size: int, where: Callable[[], str]) -> Iterator[None]:
     """Run the body, which all ranks enter alike, and have an exception that ends the program reported as one.
 
-    `where` tells the place in the user's terms ("epoch 0, batch 3"); a function is called when the body fails.
-    `store` is for jobs without torch's agent and without a default process group. Wrap the run itself and not the
-    cleaning up after it: the first rank to leave the body is taken for the cause.
+    `where`, called when the body fails, tells the place in the user's terms ("epoch 0, batch 3"). Wrap the run itself
+    and not the cleaning up after it: the first rank to leave the body is taken for the cause.
     """
     global _runs
     if world_size == 1:
         yield
         return
     _runs += 1
+    facts = f"rank {rank} of {world_size} (host {socket.gethostname()}, pid {os.getpid()})"
     with _marked_as_running(rank):
         try:
             try:
                 yield
+            except SystemExit:
+                raise
             except BaseException as exception:
-                report(exception, rank=rank, world_size=world_size, where=where, store=store)
+                turn = _Turn(1) if isinstance(exception, KeyboardInterrupt) else _Turn.take()
+                _note(exception, _Failure(rank, f"{facts} failed in {where()}:", time.time(), turn))
                 raise
         except KeyboardInterrupt as interrupt:  # again, for it may have come while another exception was dealt with
-            report(interrupt, rank=rank, world_size=world_size)
+            _note(interrupt, _Failure(rank, f"{facts} failed:", time.time(), _Turn(1)))
             raise
 
 
-def report(
-    exception: BaseException,
-    *,
-    rank: int,
-    world_size: int,
-    where: str | Callable[[], str] = "",
-    store: Store | None = None,
-) -> None:
-    """Have `exception` reported as `reported` does, in case it reaches the top of the program."""
-    if world_size == 1 or isinstance(exception, SystemExit):
-        return
-    place = where() if callable(where) else where
-    facts = f"rank {rank} of {world_size} (host {socket.gethostname()}, pid {os.getpid()})"
-    header = f"{facts} failed{f' in {place}' if place else ''}:"
-    turn = _Turn(1) if isinstance(exception, KeyboardInterrupt) else _Turn.take(store)
+def _note(exception: BaseException, failure: _Failure) -> None:
+    """Have `exception` reported in case it reaches the top of the program."""
     # On the exception, not in the hook, which would keep it and its frames' tensors alive after it was caught.
-    setattr(exception, _FAILURE, _Failure(rank, header, time.time(), turn))
+    setattr(exception, _FAILURE, failure)
     if not isinstance(sys.excepthook, _Hook):
         sys.excepthook = _Hook(sys.excepthook)
 
@@ -182,11 +168,11 @@ class _Turn:
     store: Store | None = None
 
     @classmethod
-    def take(cls, store: Store | None) -> _Turn:
+    def take(cls) -> _Turn:
         """Take the next number of the current run."""
         key = f"paceline/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_runs}"
         try:
-            store = store or _shared_store()
+            store = _shared_store()
             return cls(1) if store is None else cls(store.add(key, 1), key, store)
         except _store_errors():
             return cls(0)

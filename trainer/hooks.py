@@ -42,7 +42,7 @@ SHARED_HOOKS = (
         for moment in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
     ),
 )
-_CALLBACK_ONLY = ("on_sanity_check_start", "on_sanity_check_end", "on_log", "on_exception")
+_CALLBACK_ONLY = ("on_sanity_check_start", "on_sanity_check_end", "on_log")
 #: Where checkpoint and early-stopping callbacks act on metrics and on the state that the others leave: after them.
 _ACTED_AT = ("on_train_batch_end", "on_train_epoch_end")
 #: Hooks that Lightning had once, and how to write them now.
@@ -86,11 +86,6 @@ def overridden(obj: Any, name: str, base: type) -> bool:
 
 class Hooks:
     """The hooks of one call of the trainer, by name: `for hook in hooks.on_train_batch_start: hook(batch, idx)`."""
-
-    on_sanity_check_start: tuple[Callable[..., Any], ...]
-    on_sanity_check_end: tuple[Callable[..., Any], ...]
-    on_log: tuple[Callable[..., Any], ...]
-    on_exception: tuple[Callable[..., Any], ...]
 
     def __init__(self, trainer: Trainer, module: Module, callbacks: Sequence[Callback], metrics: Metrics) -> None:
         self._metrics = metrics

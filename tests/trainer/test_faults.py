@@ -137,13 +137,13 @@ def test_ctrl_c_in_a_run_raises_in_the_ranks_and_prints_nothing() -> None:
 
 
 def test_one_process_has_pythons_own_traceback(excepthook: object) -> None:
-    with pytest.raises(ValueError), reported(rank=0, world_size=1, where="epoch 0"):
+    with pytest.raises(ValueError), reported(rank=0, world_size=1, where=str):
         int("three")
     assert sys.excepthook is excepthook
 
 
 def test_nothing_is_installed_before_a_failure(excepthook: object) -> None:
-    with reported(rank=0, world_size=2, where="epoch 0"):
+    with reported(rank=0, world_size=2, where=str):
         assert sys.excepthook is excepthook
     assert sys.excepthook is excepthook
 
@@ -151,7 +151,7 @@ def test_nothing_is_installed_before_a_failure(excepthook: object) -> None:
 def test_a_failed_rank_leaves_other_exceptions_to_the_hook_before(excepthook: object) -> None:
     seen: list[BaseException] = []
     sys.excepthook = lambda kind, error, trace: seen.append(error)
-    with pytest.raises(ValueError), reported(rank=0, world_size=2):
+    with pytest.raises(ValueError), reported(rank=0, world_size=2, where=str):
         int("three")
     unrelated = KeyError("x")
     sys.excepthook(KeyError, unrelated, None)
@@ -162,7 +162,7 @@ def test_an_exception_that_the_user_catches_is_not_printed(
     excepthook: object, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
-        with contextlib.suppress(ValueError), reported(rank=0, world_size=2):
+        with contextlib.suppress(ValueError), reported(rank=0, world_size=2, where=str):
             int("three")
     assert capfd.readouterr() == ("", "")
 
@@ -176,14 +176,14 @@ def test_an_exception_that_was_caught_is_not_kept_alive(excepthook: object) -> N
         raise MemoryError(f"no room beside {tensor}")
 
     seen: list[weakref.ref[Tensor]] = []
-    with contextlib.suppress(MemoryError), reported(rank=0, world_size=2):
+    with contextlib.suppress(MemoryError), reported(rank=0, world_size=2, where=str):
         fail()
     gc.collect()
     assert seen[0]() is None
 
 
 def test_system_exit_is_no_failure(excepthook: object) -> None:
-    with pytest.raises(SystemExit), reported(rank=0, world_size=2):
+    with pytest.raises(SystemExit), reported(rank=0, world_size=2, where=str):
         raise SystemExit(75)
     assert sys.excepthook is excepthook
 
@@ -198,11 +198,12 @@ def test_a_rank_that_lost_the_store_prints_one_line() -> None:
     """Without an agent, as under srun, rank 0 holds the store; the others may outlive it."""
     code = """
         from torch import distributed
-        from paceline.trainer.faults import reported
+        from paceline.trainer import faults
         class Gone:
             def add(self, key, value):
                 raise distributed.DistNetworkError("connection reset")
-        with reported(rank=1, world_size=2, where="epoch 2, batch 5", store=Gone()):
+        faults._shared_store = Gone
+        with faults.reported(rank=1, world_size=2, where=lambda: "epoch 2, batch 5"):
             raise RuntimeError("closed by peer")
     """
     result = run_script(code)

@@ -309,7 +309,7 @@ def test_two_nodes_form_one_job_and_the_failure_of_one_ends_both() -> None:
         from paceline.trainer.faults import reported
         distributed.init_process_group("gloo")
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        with reported(rank=rank, world_size=world_size, where="epoch 1"):
+        with reported(rank=rank, world_size=world_size, where=lambda: "epoch 1"):
             distributed.barrier()
             if rank == 1:
                 raise ValueError(f"{world_size} ranks, group {os.environ['GROUP_RANK']}")
