@@ -47,12 +47,18 @@ def refuse_shards_in(loss: Tensor, name: str) -> None:
 
 
 def refuse_stray_gradients(module: nn.Module, name: str) -> list[Any]:
-    """Hooks (to be removed) that refuse a gradient which reaches a shard past the layer that gathers it."""
+    """Hooks (to be removed) that refuse gradients which no rank would get from the others: those that reach a shard
+    past the layer that gathers it, and those of parameters that came after the module was sharded."""
 
-    def refuse(parameter: str, _: Tensor) -> None:
-        raise _used_outside(repr(parameter), name)
+    def refuse(path: str, parameter: nn.Parameter, _: Tensor) -> None:
+        if hasattr(parameter, "placements"):
+            raise _used_outside(repr(path), name)
+        raise ConfigurationError(
+            f"{path!r} came into the module after {name} had sharded it, so each rank would train its own. Make it in "
+            "__init__ or configure_model; to change a trained module, make a new one and load a checkpoint's weights."
+        )
 
-    return [p.register_hook(partial(refuse, path)) for path, p in module.named_parameters() if p.requires_grad]
+    return [p.register_hook(partial(refuse, path, p)) for path, p in module.named_parameters() if p.requires_grad]
 
 
 def _used_outside(what: str, name: str) -> ConfigurationError:

@@ -61,6 +61,14 @@ class TwoTypes(Layered):
         self.blocks[0].up.double()
 
 
+class NewHead(Layered):
+    def on_fit_start(self) -> None:
+        self.last = nn.Linear(6, 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.blocks.parameters(), lr=0.1)
+
+
 class Unsharded(Layered):
     """Gathers what it penalises; the rest of the model is gathered anyway."""
 
@@ -77,10 +85,11 @@ class Unsharded(Layered):
         (OtherMethod, "A step used parameters of a block outside the forward of that block"),
         (Penalised, "A step used parameters of a block outside the forward of that block"),
         (PenalisedInFull, "A step used 'blocks.1.up.weight' outside the forward of that block"),
+        (NewHead, "'last.bias' came into the module after FSDP had sharded it, so each rank would train its own"),
         (TwoTypes, "FSDP gathers what a block trains in one type, but there are several: {torch.float"),
     ],
 )
-def test_shards_in_the_place_of_parameters_are_refused(kind: type[Layered], message: str) -> None:
+def test_what_would_be_trained_by_each_rank_alone_is_refused(kind: type[Layered], message: str) -> None:
     with pytest.raises(RanksFailed, match=re.escape(message)) as failed:
         run_ranks(fit_of, 2, kind)
     assert {error.type_name for error in failed.value.errors.values()} == {"ConfigurationError"}
