@@ -22,6 +22,7 @@ from ..errors import ConfigurationError
 from .base import Strategy, register_strategy
 from .blocks import described, find_blocks, named_blocks, without_shared
 from .cluster import Cluster
+from .estimate import gb
 from .precision import Precision
 from .same_use import SameUse
 from .steps import Steps
@@ -202,7 +203,10 @@ class FSDP(Strategy):
             )
         size = sum(p.numel() * p.element_size() for p in module.parameters())
         if not meta and size > 1e8:
-            text += f"; every rank built all {size / 1e9:.1f} GB of it first, build it in configure_model to avoid that"
+            text += f"; every rank built all {gb(size)} of it first, build it in configure_model to avoid that"
+        if not self.sync_every_micro_batch:
+            trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+            text += f"; every rank keeps all {gb(trained)} of gradients within a window of several micro-batches"
         return text
 
     def wrap(self) -> None:

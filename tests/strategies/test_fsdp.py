@@ -43,6 +43,8 @@ def test_hsdp_of_two_groups_of_two_trains_as_one_process(every: bool) -> None:
     options = {"shard": 2, "sync_every_micro_batch": every}
     results = run_ranks(trained_on_ranks, 4, "hsdp", options, max_epochs=2, **CUT)
     assert "over 2x2 ranks" in results.outputs[0]
+    cost = "every rank keeps all 0.0 MB of gradients within a window of several micro-batches"
+    assert (cost in results.outputs[0]) is not every
     assert_like_one_process(results, one_process(max_epochs=2))
 
 
@@ -189,6 +191,29 @@ def test_bf16_mixed_computes_in_bfloat16_with_float32_masters_and_leaves_the_bat
 def test_bf16_true_keeps_everything_in_bfloat16() -> None:
     seen, masters, _ = run_ranks(dtypes_of, 2, "bf16-true")[0]
     assert (seen, masters) == ((torch.bfloat16,) * 3, {torch.bfloat16})
+
+
+class Overflows(Layered):
+    """One gradient of the second window is infinite, in the shard of one rank."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return loss + self.first.weight[0, 0] * 1e38 * 1e3 if self.global_step == 1 else loss
+
+
+def fp16(strategy: str, batch_size: int) -> Any:
+    module, trainer = Overflows(sgd=True), tiny_trainer(strategy=strategy, precision="16-mixed", global_batch_size=8)
+    trainer.fit(module, batches(20, batch_size))
+    assert trainer.strategy.scaler is not None
+    return trainer.global_step, trainer.strategy.scaler.get_scale(), full_weights(module)
+
+
+def test_fp16_scales_for_all_ranks_and_skips_the_step_that_overflows_on_one() -> None:
+    steps, scale, weights = fp16("auto", 8)
+    assert steps < 3
+    for result in run_ranks(fp16, 2, "fsdp", 4):
+        assert result[:2] == (steps, scale)
+        assert_same(result[2], weights, 0.01)
 
 
 class CastByHand(Layered):
