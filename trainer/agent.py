@@ -34,6 +34,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from ..errors import LaunchError
 from .faults import LAUNCHER_FOLDER, ranks_in_a_run, read_reports
 from .meeting import MEETING_SECONDS, Place, meet
+from .signals import is_free
 from .verdict import RESUMABLE, JobEnd, RankEnd, verdict
 
 GRACE_SECONDS = 30.0
@@ -273,7 +274,7 @@ class _Signals:
             before = signal.getsignal(number)
             if number in self._before or before in (signal.SIG_IGN, None):
                 continue
-            if number == signal.SIGUSR1 and before is not signal.SIG_DFL:
+            if number == signal.SIGUSR1 and not is_free(before):
                 continue  # the script's own, such as faulthandler's
             self._before[number] = before
             signal.signal(number, self._note)

@@ -35,8 +35,7 @@ class SignalWatch:
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for number in _ASKING:
-                before = signal.getsignal(number)
-                if before is signal.SIG_DFL or isinstance(getattr(before, "__self__", None), SignalWatch):
+                if is_free(signal.getsignal(number)):
                     signal.signal(number, self._note)
                     self._watched.append(number)
         return self
@@ -49,6 +48,11 @@ class SignalWatch:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = True
+
+
+def is_free(handler: Any) -> bool:
+    """Whether a signal with this handler is nobody's, or a `SignalWatch`'s: the script has none of its own."""
+    return handler is signal.SIG_DFL or isinstance(getattr(handler, "__self__", None), SignalWatch)
 
 
 class WorkerStart:

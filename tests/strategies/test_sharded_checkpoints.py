@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import paceline as pl
 from paceline.trainer.checkpoint import load, storage, verify
+from paceline.trainer.checkpoint.exchange import consolidate
+from paceline.trainer.checkpoint.inspect import differences
 
 from helpers.ranks import RanksFailed, run_ranks
 from helpers.sharded import Layered, batches, full_weights, strategy_of, trained, trained_on_ranks
@@ -72,6 +74,13 @@ def test_each_rank_writes_its_boxes_and_opens_with_safetensors(job: str, saved: 
     numbers = [sum(t.numel() for t in load_file(Path(saved[job], name)).values()) for name in files]
     assert sum(numbers) == 559
     assert max(numbers) < 559
+
+
+@pytest.mark.parametrize("job", ["fsdp 3", "hsdp 2x2"])
+def test_consolidated_shards_hold_the_same_in_whole_files(job: str, saved: dict[str, str], tmp_path: Path) -> None:
+    whole = consolidate(saved[job], tmp_path / "whole")
+    assert differences(saved[job], whole) == [] and verify(whole) == []
+    assert sum(tensor.numel() for tensor in load_file(Path(whole, "model.safetensors")).values()) == 559
 
 
 @pytest.mark.parametrize(

@@ -241,11 +241,23 @@ def test_a_signal_to_one_rank_of_a_plain_script_is_code_75_of_the_script() -> No
     assert "a signal asked to end this run" in result.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_to_paceline_launch_is_handed_on_and_its_code_is_75(number: signal.Signals) -> None:
+LAUNCH = ("-m", "paceline.trainer.cli", "launch", "--grace-seconds", 60, "--devices", 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "launch"),
+    [
+        (signal.SIGUSR1, LAUNCH),
+        (signal.SIGUSR1, ()),
+        pytest.param(signal.SIGTERM, LAUNCH, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, (), marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_whoever_started_the_ranks_is_handed_on_and_its_code_is_75(
+    number: signal.Signals, launch: tuple[Any, ...]
+) -> None:
     Path("train.py").write_text(textwrap.dedent(SCRIPT))
-    command = ("python", "-m", "paceline.trainer.cli", "launch", "--grace-seconds", 60, "--devices", 2)
-    with start_command(*command, "train.py", 2, 0, 1000, env=ENVIRONMENT) as running:
+    with start_command("python", *launch, "train.py", 2, 0, 1000, env=ENVIRONMENT) as running:
         wait_until_ranks_train(running, 2)
         running.interrupt(number)
         result = running.wait()
