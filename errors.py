@@ -5,6 +5,8 @@ Each message says what was wrong with its value, what was expected, and what to 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class PacelineError(Exception):
     """The root of every error that Paceline raises on purpose."""
@@ -36,3 +38,12 @@ class Suspended(SystemExit):
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is nothing at the path of a checkpoint."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error's text: the name in `known` that `name` is near to; else `otherwise` and all of them."""
+    from difflib import get_close_matches  # here, so that what raises nothing imports nothing
+
+    known = list(known)
+    nearest = get_close_matches(name, known, n=1)
+    return f"Did you mean {nearest[0]!r}?" if nearest else f"{otherwise}: {', '.join(known) or 'none'}."

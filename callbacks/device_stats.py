@@ -9,6 +9,7 @@ import torch
 from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
+from .logger import logs_this_update, require_logger
 
 if TYPE_CHECKING:
     from ..trainer.module import Module
@@ -29,11 +30,8 @@ class DeviceStatsMonitor(Callback):
         self._logs_end = False
 
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
-        if stage == "fit" and not trainer.loggers and not trainer.fast_dev_run:
-            raise ConfigurationError(
-                "Cannot use DeviceStatsMonitor with a Trainer that has no logger. Leave out logger=False, or the "
-                "monitor."
-            )
+        if stage == "fit":
+            require_logger(self, trainer)
         if self._cpu_stats or (self._cpu_stats is None and trainer.strategy.device.type == "cpu"):
             self._psutil = _import_psutil()
 
@@ -49,12 +47,8 @@ class DeviceStatsMonitor(Callback):
         for logger in trainer.loggers:  # these are no results of validate() and test()
             logger.log_metrics(named, trainer.global_step)
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        step = trainer.global_step + 1  # the update that this batch belongs to
-        return step % trainer.log_every_n_steps == 0 or step in (1, trainer.max_steps) or trainer.is_last_batch
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
-        self._logs_end = self._is_due(trainer)
+        self._logs_end = logs_this_update(trainer)
         if self._logs_end:
             self._log(trainer, "on_train_batch_start")
 

@@ -116,6 +116,21 @@ class Logger(Callback, ABC):
         return trainer.is_global_zero and not trainer.fast_dev_run
 
 
+def require_logger(monitor: Callback, trainer: Trainer) -> None:
+    """ConfigurationError where what `monitor` logs would go nowhere."""
+    if not trainer.loggers and not trainer.fast_dev_run:
+        raise ConfigurationError(
+            f"Cannot use {type(monitor).__name__} with a Trainer that has no logger. Leave out logger=False, or the "
+            "monitor."
+        )
+
+
+def logs_this_update(trainer: Trainer) -> bool:
+    """Whether the update that the coming batch belongs to is one that is logged."""
+    step = trainer.global_step + 1
+    return step % trainer.log_every_n_steps == 0 or step in (1, trainer.max_steps) or trainer.is_last_batch
+
+
 def hparams_of(module: Any, datamodule: Any) -> dict[str, Any] | None:
     """The hyper-parameters to log: those saved with `logger=True` by the module and the data module; None: none were.
 

@@ -13,6 +13,7 @@ from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
 from ..trainer.optimizer_handle import bare
+from .logger import logs_this_update, require_logger
 
 if TYPE_CHECKING:
     from ..trainer.module import Module
@@ -43,18 +44,11 @@ class LearningRateMonitor(Callback):
         self.lrs: dict[str, list[Any]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
-        if not trainer.loggers and not trainer.fast_dev_run:
-            raise ConfigurationError(
-                "Cannot use LearningRateMonitor with a Trainer that has no logger. Leave out logger=False, or the "
-                "monitor."
-            )
+        require_logger(self, trainer)
         self.lrs = {named.name: [] for named in named_param_groups(trainer.optimizers, trainer.lr_scheduler_configs)}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step + 1  # the update that this batch belongs to; only what is logged is read
-        if step % trainer.log_every_n_steps and step not in (1, trainer.max_steps) and not trainer.is_last_batch:
-            return
-        if self.logging_interval != "epoch":
+        if self.logging_interval != "epoch" and logs_this_update(trainer):
             self._log(trainer, "step", on_step=True, on_epoch=False)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:

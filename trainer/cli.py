@@ -9,7 +9,6 @@ imports belong into the latter: `paceline --help` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .. import __version__
-from ..errors import ConfigurationError, PacelineError
+from ..errors import ConfigurationError, PacelineError, did_you_mean
 from . import cli_checkpoint, estimating
 
 
@@ -157,9 +156,7 @@ def _check_command(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """End with code 2 and the nearest command's name when the first word is no command."""
     names = [command.name for command in COMMANDS]
     if words and not words[0].startswith("-") and words[0] not in names:
-        nearest = difflib.get_close_matches(words[0], names, n=1)
-        suggestion = f"Did you mean {nearest[0]!r}?" if nearest else f"There are: {', '.join(names)}."
-        parser.error(f"there is no command {words[0]!r}. {suggestion}")
+        parser.error(f"there is no command {words[0]!r}. {did_you_mean(words[0], names, 'There are')}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from .loaders import (
     taken_over,
     why_left_alone,
 )
-from .plan import DealtPlan, EpochPlan, Order, derive_micro_batches, mix_seed, permutation, sequential
+from .plan import DealtPlan, EpochPlan, Order, mix_seed, permutation, sequential, told_of_cut
 from .rank_zero import rank_zero_warn
 from .streamed_data import RankBatches, StreamedData
 from .windows import DataSettings, ToDevice, Window, moved, shares, weight_of
@@ -289,10 +289,9 @@ def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> P
             return StreamedData(RankBatches(PlannedData(loaders, strategy, inner)), strategy, settings)
         if draws_own_batches(loaders):
             _refuse_global_batch_size(settings, f"a batch sampler of its own ({type(loaders.batch_sampler).__name__})")
-        if settings.global_batch_size is not None:
-            _, warnings = derive_micro_batches(settings.global_batch_size, loaders.batch_size or 1, strategy.data_ranks)
-            for warning in warnings:
-                rank_zero_warn(warning)
+        whole = settings.global_batch_size
+        if whole is not None and (told := told_of_cut(whole, loaders.batch_size or 1, strategy.data_ranks)):
+            rank_zero_warn(told)
         return PlannedData(loaders, strategy, settings)
     if settings.take_over and is_map_style(loaders):
         rank_zero_warn(

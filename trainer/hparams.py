@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import enum
 import functools
 import inspect
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigurationError, UnknownArgumentError
+from ..errors import CheckpointError, ConfigurationError, UnknownArgumentError, did_you_mean
 from .rank_zero import rank_zero_warn
 
 ALL_ARGUMENTS = "kwargs"  # the `hparams_name` of hyper-parameters that are `__init__`'s arguments themselves
@@ -207,10 +206,9 @@ def _arguments_of(instance: object, frame: FrameType) -> dict[str, Any]:
 def _argument(owner: object, name: str, given: dict[str, Any]) -> Any:
     if name in given:
         return given[name]
-    nearest = difflib.get_close_matches(name, given, n=1)
-    hint = f"Did you mean {nearest[0]!r}?" if nearest else f"The arguments are: {', '.join(given) or 'none'}."
     raise UnknownArgumentError(
-        f"save_hyperparameters({name!r}): {name!r} is no argument of {type(owner).__name__}.__init__. {hint}"
+        f"save_hyperparameters({name!r}): {name!r} is no argument of {type(owner).__name__}.__init__. "
+        + did_you_mean(name, given, "The arguments are")
     )
 
 
@@ -348,10 +346,9 @@ def filter_init_arguments(
 
 
 def _not_taken(cls: type, unknown: list[str], parameters: Collection[str]) -> UnknownArgumentError:
-    nearest = difflib.get_close_matches(unknown[0], parameters, n=1)
-    hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Its arguments are: {', '.join(parameters) or 'none'}."
     return UnknownArgumentError(
-        f"load_from_checkpoint() got {unknown}, which {cls.__name__}.__init__ does not take. {hint}"
+        f"load_from_checkpoint() got {unknown}, which {cls.__name__}.__init__ does not take. "
+        + did_you_mean(unknown[0], parameters, "Its arguments are")
     )
 
 

@@ -6,7 +6,6 @@ user code gets in the place of an optimizer is in `optimizer_handle.py`.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, did_you_mean
 from .optimizer_handle import bare
 from .rank_zero import rank_zero_warn
 
@@ -203,8 +202,7 @@ def _takes_metric(scheduler: Any) -> bool:
 def _refuse_unknown_keys(given: Iterable[Any], known: Sequence[str], where: str) -> None:
     for key in given:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f'Did you mean "{nearest[0]}"?' if nearest else f"The keys are: {', '.join(known)}."
+            hint = did_you_mean(str(key), known, "The keys are")
             raise ConfigurationError(f"There is no key {key!r} in {where}. {hint}")
 
 

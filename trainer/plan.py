@@ -179,8 +179,8 @@ def nearest_even(global_batch: int, batch_size: int, ranks: int) -> tuple[int, i
     return lower * ranks, upper * ranks
 
 
-def derive_micro_batches(global_batch_size: int, batch_size: int, ranks: int) -> tuple[int, list[str]]:
-    """How many micro-batches each rank runs for one global batch, and what its user should be told about it.
+def told_of_cut(global_batch_size: int, batch_size: int, ranks: int) -> str:
+    """What a user should be told of how a global batch is cut, "" where its parts are equal.
 
     Raises `ConfigurationError` where some rank would never have a sample.
     """
@@ -193,14 +193,13 @@ def derive_micro_batches(global_batch_size: int, batch_size: int, ranks: int) ->
         )
     sizes = cut(global_batch_size, ranks, batch_size)
     if sizes[0] == sizes[-1]:
-        return len(sizes) // ranks, []
+        return ""
     lower, upper = nearest_even(global_batch_size, batch_size, ranks)
-    warning = (
+    return (
         f"global_batch_size={global_batch_size} on {who} with batch_size={batch_size} makes unequal micro-batches of "
         f"{sizes[0]} and {sizes[-1]} samples. The gradient is exact all the same; the nearest values that make equal "
         f"ones are {lower} and {upper}."
     )
-    return len(sizes) // ranks, [warning]
 
 
 # --- the plan of an epoch --------------------------------------------------------------------------------------

@@ -163,8 +163,8 @@ def test_another_form_is_refused_with_the_list_of_forms(returned):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"intervall": "step"}, "'intervall'.*Did you mean \"interval\""),
-        ({"freq": 1}, "'freq'.*Did you mean \"frequency\""),
+        ({"intervall": "step"}, "'intervall'.*Did you mean 'interval'"),
+        ({"freq": 1}, "'freq'.*Did you mean 'frequency'"),
         ({"zzz": 1}, "'zzz'.*The keys are: scheduler, name, interval"),
         ({"interval": "batch"}, "interval of the scheduler StepLR is 'batch'"),
         ({"interval": None}, "interval of the scheduler StepLR is None"),

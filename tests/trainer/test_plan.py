@@ -20,12 +20,12 @@ from paceline.trainer.plan import (
     Part,
     count_micro_batches,
     cut,
-    derive_micro_batches,
     evaluation_batches,
     mix_seed,
     nearest_even,
     permutation,
     sequential,
+    told_of_cut,
 )
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -218,22 +218,19 @@ def test_nearest_even_values_are_even_and_nothing_between_is(over, ranks, batch_
 @given(st.integers(1, 300), RANKS, BATCH_SIZES)
 def test_unequal_parts_are_told_with_the_nearest_even_values(over, ranks, batch_size):
     global_batch = ranks - 1 + over
-    micro_batches, warnings = derive_micro_batches(global_batch, batch_size, ranks)
-    sizes = cut(global_batch, ranks, batch_size)
-    assert micro_batches * ranks == len(sizes)
-    assert bool(warnings) == (len(set(sizes)) == 2)
-    for warning in warnings:
-        for number in (global_batch, *nearest_even(global_batch, batch_size, ranks)):
-            assert str(number) in warning
+    told = told_of_cut(global_batch, batch_size, ranks)
+    assert bool(told) == (len(set(cut(global_batch, ranks, batch_size))) == 2)
+    for number in (global_batch, *nearest_even(global_batch, batch_size, ranks)):
+        assert not told or str(number) in told
 
 
 def test_a_global_batch_smaller_than_the_ranks_is_refused():
     with pytest.raises(ConfigurationError, match=r"global_batch_size=3 cannot be shared by 4 ranks:") as error:
-        derive_micro_batches(3, batch_size=8, ranks=4)
+        told_of_cut(3, batch_size=8, ranks=4)
     for advice in ("Use 4 or more", "32 fills batch_size=8", "at most 3"):
         assert advice in str(error.value)
     with pytest.raises(ConfigurationError, match=r"global_batch_size=0 cannot be shared by 1 rank:"):
-        derive_micro_batches(0, batch_size=8, ranks=1)
+        told_of_cut(0, batch_size=8, ranks=1)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------
