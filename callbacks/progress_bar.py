@@ -44,11 +44,13 @@ class ProgressBar(Callback):
     """Draws nothing by itself. `get_metrics`, `enable`, `disable` and `print` are there to be overridden or called."""
 
     @checked_types
-    def __init__(self, refresh_rate: int = 1) -> None:
+    def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
         if refresh_rate < 0:
             raise ConfigurationError(f"refresh_rate={refresh_rate}: use 0 for no bar, or draw every that many batches.")
         self._refresh_rate = refresh_rate
         self._enabled = refresh_rate > 0
+        self._leave = leave  # the bar of an epoch stays on the screen when the next one begins
+        self._epoch_drawn = ""
         self._trainer: Trainer | None = None
         self._totals: Sequence[int | float] = ()
         self._description = ""
@@ -166,6 +168,13 @@ class ProgressBar(Callback):
     def _close(self, stage: Stage) -> None:
         """`stage` is over."""
 
+    def _leaves_epoch(self, stage: Stage) -> bool:
+        """Whether what is drawn now is another epoch than before, whose bar stays where it is."""
+        if not self._leave or stage.kind != "train":
+            return False
+        before, self._epoch_drawn = self._epoch_drawn, stage.description
+        return before not in ("", stage.description)
+
     def _is_terminal(self) -> bool:
         """Whether a bar can be drawn over itself."""
         return sys.stdout.isatty() or "ipykernel" in sys.modules
@@ -217,7 +226,7 @@ class ProgressBar(Callback):
     def _end_epoch(self, trainer: Trainer, pl_module: Module, stage: Stage) -> None:
         """Show the end of an epoch when the next one begins or training ends: by then its metrics are there."""
         now = time.monotonic()
-        if self._seen and (now >= self._next_drawing or self._stays(stage) or not self._terminal):
+        if self._seen and (now >= self._next_drawing or self._leave or not self._terminal):
             self._show_train(trainer, pl_module, stage)
             self._next_drawing = now + self._interval
 
@@ -307,10 +316,6 @@ class ProgressBar(Callback):
             if stage is not None:
                 self._close(stage)
         self._nested = self._train = None
-
-    def _stays(self, stage: Stage) -> bool:
-        """Whether the bar of an epoch stays on the screen when the next one begins."""
-        return False
 
     def _show(self, stage: Stage, metrics: dict[str, Any] | None) -> None:
         self._draw(stage, metrics)

@@ -52,13 +52,11 @@ class RichProgressBar(ProgressBar):
         theme: RichProgressBarTheme | None = None,
         console_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(refresh_rate)
-        self._leave = leave
+        super().__init__(refresh_rate, leave)
         self.theme = theme or RichProgressBarTheme()
         self._console_kwargs = console_kwargs or {}
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._epoch_drawn = ""
 
     @property
     def progress(self) -> Progress | None:
@@ -128,10 +126,8 @@ class RichProgressBar(ProgressBar):
     def _draw(self, stage: Stage, metrics: dict[str, Any] | None) -> None:
         if self._progress is None:
             return
-        if self._leave and stage.kind == "train" and stage.description != self._epoch_drawn:
-            if self._epoch_drawn:  # the bar of the epoch before stays where it is
-                self._tasks["train"] = self._add_task(self._progress, stage)
-            self._epoch_drawn = stage.description
+        if self._leaves_epoch(stage):
+            self._tasks["train"] = self._add_task(self._progress, stage)
         fields: dict[str, Any] = dict(_texts(stage))
         if metrics is not None:
             fields["metrics"] = self._metrics_text(metrics)
@@ -159,9 +155,6 @@ class RichProgressBar(ProgressBar):
             self._progress.stop()
             self._progress = None
             self._tasks = {}
-
-    def _stays(self, stage: Stage) -> bool:
-        return self._leave
 
 
 def _total(stage: Stage) -> float | None:

@@ -31,11 +31,9 @@ class TQDMProgressBar(ProgressBar):
 
     @checked_types
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
-        super().__init__(refresh_rate)
+        super().__init__(refresh_rate, leave)
         self._process_position = process_position
-        self._leave = leave
         self._bars: dict[str, tqdm[Any]] = {}
-        self._epoch_drawn = ""
 
     @property
     def process_position(self) -> int:
@@ -122,11 +120,9 @@ class TQDMProgressBar(ProgressBar):
 
     def _draw(self, stage: Stage, metrics: dict[str, Any] | None) -> None:
         bar = self._bars[_place(stage)]
-        if self._leave and stage.kind == "train" and stage.description != self._epoch_drawn:
-            if self._epoch_drawn:  # the bar of the epoch before stays where it is
-                bar.close()
-                bar = self._bars["train"] = self.init_train_tqdm()
-            self._epoch_drawn = stage.description
+        if self._leaves_epoch(stage):
+            bar.close()
+            bar = self._bars["train"] = self.init_train_tqdm()
         bar.last_print_t = time.time()  # a bar that seems never to have been printed would not be cleared
         bar.start_t = bar.last_print_t - (time.monotonic() - stage.started)
         bar.n, bar.initial = stage.n, stage.first
@@ -138,9 +134,6 @@ class TQDMProgressBar(ProgressBar):
 
     def _close(self, stage: Stage) -> None:
         self._bars[_place(stage)].close()
-
-    def _stays(self, stage: Stage) -> bool:
-        return self._leave
 
 
 def _place(stage: Stage) -> str:

@@ -20,6 +20,7 @@ from ..errors import ConfigurationError
 from .entries import Entry, Label, host_number, new_entry, no_number
 from .loaders import batch_size_of
 from .metric_objects import compute_all, is_metric_object, load_metric_states, metric_states, path_of
+from .prefetch import move
 from .reduction import Capacity, HostCopy, Sum, Transfer, combine
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Metrics:
         for entry in self._training.values():
             if entry.on_step and entry.window == window:
                 sums[entry.step_name] = entry.step_sum()
-        self.waiting.append(_Point(step, epoch, samples, window, self._transfer(sums), due))
+        self.waiting.append(_Point(step, epoch, samples, window, Transfer(sums, self._strategy, self._capacity), due))
         self.deliver()
 
     def deliver(self, wait: bool = False) -> None:
@@ -181,9 +182,6 @@ class Metrics:
             for_loggers = self._publish(reduced, point.transfer.labels)
             if point.due:
                 self._tell(for_loggers, point.step, point.epoch, point.samples)
-
-    def _transfer(self, sums: Mapping[str, Sum]) -> Transfer:
-        return Transfer(sums, self._strategy, self._capacity)
 
     # --- the end of an epoch -----------------------------------------------------------------------------------
     def finish_epoch(self, step: int, epoch: int, samples: int, keep: bool = False) -> dict[str, int | None]:
@@ -206,7 +204,7 @@ class Metrics:
                 sums[entry.epoch_name] = entry.epoch_sum()
             if entry.on_step and step_is_new and entry.values and (self.evaluating or entry.window == self.window):
                 sums[entry.step_name] = entry.step_sum()
-        transfer = self._transfer(sums)
+        transfer = Transfer(sums, self._strategy, self._capacity)
         reduced, labels = transfer.finish(), transfer.labels
         self._complete(objects, reduced, labels)
         reduced |= self._computed(objects, keep)
@@ -310,8 +308,7 @@ class Metrics:
             entry.metric = None if held["metric"] is None else module.get_submodule(held["metric"])
             entry.values, entry.weights = list(held["values"]), list(held["weights"])
             entry.window = self.window if entry.values else -1
-            total, entry.weight = held["total"], held["weight"]
-            entry.total = total.to(self._strategy.device) if isinstance(total, Tensor) else total
+            entry.total, entry.weight = move(held["total"], self._strategy.device), held["weight"]
             self._training[(hook, name, index)] = entry
         load_metric_states(module, state["metric_objects"])
         self._reduced.update((name, torch.tensor(number)) for name, number in state["reduced"].items())
@@ -327,8 +324,7 @@ class Metrics:
         for held in (held for other in others if keep for held in other["entries"]):
             entry_or_none = self._training.get(tuple(held["key"]))
             if entry_or_none is not None and held["total"] is not None:
-                total = held["total"]
-                total = total.to(self._strategy.device) if isinstance(total, Tensor) else total
+                total = move(held["total"], self._strategy.device)
                 before = entry_or_none.total
                 entry_or_none.total = total if before is None else combine(held["op"], before, total)
                 entry_or_none.weight += held["weight"]

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .module import Module
 
 
-def _argument(name: str) -> Any:
-    return property(attrgetter(f"arguments.{name}"))
+def _reading(path: str) -> Any:
+    return property(attrgetter(path))
 
 
 def _limit(stage: str) -> Any:
@@ -64,20 +64,9 @@ class TrainerProperties:
     _choice: Any
 
     # --- how far ----------------------------------------------------------------------------------------------
-    @property
-    def current_epoch(self) -> int:
-        """Epochs finished: inside one, its number from 0."""
-        return self.progress.epoch
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps finished: one a window, however many optimizers."""
-        return self.progress.global_step
-
-    @property
-    def samples_seen(self) -> int:
-        """Samples trained over all ranks."""
-        return self.progress.samples
+    current_epoch: int = _reading("progress.epoch")  # epochs finished: inside one, its number from 0
+    global_step: int = _reading("progress.global_step")  # optimizer steps finished: one a window, of all optimizers
+    samples_seen: int = _reading("progress.samples")  # over all ranks
 
     @property
     def is_last_batch(self) -> bool:
@@ -150,18 +139,18 @@ class TrainerProperties:
         return self.data_settings if running else None
 
     # --- arguments, as given (limits: 1.0 for all batches) ------------------------------------------------------
-    max_epochs: int | None = _argument("max_epochs")
-    max_steps: int = _argument("max_steps")
-    min_epochs: int | None = _argument("min_epochs")
-    min_steps: int | None = _argument("min_steps")
-    overfit_batches: int | float = _argument("overfit_batches")
-    val_check_interval: int | float | timedelta = _argument("val_check_interval")
-    check_val_every_n_epoch: int | None = _argument("check_val_every_n_epoch")
-    gradient_clip_val: float | None = _argument("gradient_clip_val")
-    log_every_n_steps: int = _argument("log_every_n_steps")
-    reload_dataloaders_every_n_epochs: int = _argument("reload_dataloaders_every_n_epochs")
-    default_root_dir: str = _argument("default_root_dir")
-    barebones: bool = _argument("barebones")
+    max_epochs: int | None = _reading("arguments.max_epochs")
+    max_steps: int = _reading("arguments.max_steps")
+    min_epochs: int | None = _reading("arguments.min_epochs")
+    min_steps: int | None = _reading("arguments.min_steps")
+    overfit_batches: int | float = _reading("arguments.overfit_batches")
+    val_check_interval: int | float | timedelta = _reading("arguments.val_check_interval")
+    check_val_every_n_epoch: int | None = _reading("arguments.check_val_every_n_epoch")
+    gradient_clip_val: float | None = _reading("arguments.gradient_clip_val")
+    log_every_n_steps: int = _reading("arguments.log_every_n_steps")
+    reload_dataloaders_every_n_epochs: int = _reading("arguments.reload_dataloaders_every_n_epochs")
+    default_root_dir: str = _reading("arguments.default_root_dir")
+    barebones: bool = _reading("arguments.barebones")
     limit_train_batches: int | float = _limit("train")
     limit_val_batches: int | float = _limit("val")
     limit_test_batches: int | float = _limit("test")
@@ -241,20 +230,11 @@ class TrainerProperties:
         return self.validating or self.testing or self.sanity_checking
 
     # --- where ------------------------------------------------------------------------------------------------
-    @property
-    def global_rank(self) -> int:
-        """This process among all."""
-        return self.strategy.rank
-
-    @property
-    def local_rank(self) -> int:
-        """This process on its node."""
-        return self.strategy.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """This node among all."""
-        return self.strategy.node_rank
+    global_rank: int = _reading("strategy.rank")  # this process among all
+    local_rank: int = _reading("strategy.local_rank")  # on its node
+    node_rank: int = _reading("strategy.node_rank")
+    is_global_zero: bool = _reading("strategy.is_global_zero")  # the one process that prints, draws and writes
+    scaler: torch.amp.GradScaler | None = _reading("strategy.scaler")  # of the loss, under 16-mixed
 
     @property
     def world_size(self) -> int:
@@ -277,19 +257,9 @@ class TrainerProperties:
         return [device.index or 0 for device in self._choice.devices]
 
     @property
-    def is_global_zero(self) -> bool:
-        """True on the one process that prints, draws and writes."""
-        return self.strategy.is_global_zero
-
-    @property
     def precision(self) -> str:
         """The precision by its full name."""
         return str(self.precision_policy.name)
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """The loss scaler of 16-mixed."""
-        return self.strategy.scaler
 
     @property
     def seed(self) -> int:
@@ -297,15 +267,8 @@ class TrainerProperties:
         return 0 if self.chosen_seed is None else self.chosen_seed[0]
 
     # --- what takes part ----------------------------------------------------------------------------------------
-    @property
-    def model(self) -> Module | None:
-        """The module, as the user made it."""
-        return self.module
-
-    @property
-    def lightning_module(self) -> Any:
-        """The module, as the user made it."""
-        return self.module
+    model: Module | None = _reading("module")  # as the user made it
+    lightning_module: Any = _reading("module")  # the same
 
     @property
     def loggers(self) -> list[Any]:
