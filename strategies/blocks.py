@@ -31,9 +31,16 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def named_blocks(model: nn.Module, wanted: Sequence[type[nn.Module] | str]) -> list[nn.Module]:
-    """The modules of the classes, class names or paths in `wanted`; ConfigurationError for one that is not there."""
+    """The modules of the classes, class names or paths in `wanted`; of a container that is named, its layers.
+
+    Raises ConfigurationError for one that is not there.
+    """
     found: list[nn.Module] = []
     for item in wanted:
+        if not isinstance(item, (str, type)):
+            raise ConfigurationError(
+                f"blocks holds {item!r}. Name layers by class, class name or path: blocks=[{type(item).__name__}]."
+            )
         parts = [m for path, m in model.named_modules() if m is not model and _is_named(path, m, item)]
         if not parts:
             name = item if isinstance(item, str) else item.__name__
@@ -41,7 +48,8 @@ def named_blocks(model: nn.Module, wanted: Sequence[type[nn.Module] | str]) -> l
             near = difflib.get_close_matches(name, classes, 1)
             advice = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(classes)}."
             raise ConfigurationError(f"blocks names {name!r}, but {type(model).__name__} has no such layer. {advice}")
-        found += parts
+        for part in parts:
+            found += part.children() if isinstance(part, (nn.ModuleList, nn.ModuleDict)) else [part]
     return [m for m in model.modules() if any(m is part for part in found) and any(True for _ in m.parameters())]
 
 

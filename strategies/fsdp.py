@@ -57,7 +57,7 @@ class FSDP(Strategy):
     def __init__(
         self,
         *,
-        blocks: Sequence[type[nn.Module] | str] | None = None,
+        blocks: Sequence[type[nn.Module] | str] | type[nn.Module] | str | None = None,
         reshard_after_forward: bool | int | None = None,
         forward_prefetch: int = 0,
         cpu_offload: bool = False,
@@ -67,7 +67,8 @@ class FSDP(Strategy):
         sync_every_micro_batch: bool = True,
     ) -> None:
         super().__init__()
-        self.blocks = [blocks] if isinstance(blocks, (str, type)) else blocks
+        one = isinstance(blocks, (str, type, nn.Module))
+        self.blocks: Any = [blocks] if one else blocks
         self.reshard_after_forward = reshard_after_forward
         self.forward_prefetch = forward_prefetch
         self.cpu_offload = cpu_offload

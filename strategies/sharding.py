@@ -67,7 +67,7 @@ def shard(roots: Iterable[nn.Module], blocks: list[nn.Module], sharding: Shardin
     from torch.distributed.fsdp import FSDPModule
 
     roots = list(roots)
-    for part in (*blocks, *roots):
+    for part in (*reversed(blocks), *roots):  # blocks within blocks come behind these, and are sharded first
         move_and_agree(part, sharding.device)
         if sharding.activation_checkpointing and part not in roots:
             _checkpoint_activations(part)

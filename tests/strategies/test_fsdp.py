@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from paceline.strategies import FSDP, HSDP
 
 from helpers.ranks import RanksFailed, run_ranks
-from helpers.sharded import Layered, batches, full_weights, strategy_of, trained, trained_on_ranks
+from helpers.sharded import Block, Layered, batches, full_weights, strategy_of, trained, trained_on_ranks
 from helpers.tiny import assert_same, tiny_trainer
 
 TOLERANCE = 1e-6
@@ -84,6 +84,8 @@ def test_models_of_all_kinds_train_as_on_one_process(model: dict[str, Any]) -> N
         {"activation_checkpointing": True},
         {"cpu_offload": True},
         {"blocks": ["Linear"]},
+        {"blocks": "blocks"},
+        {"blocks": [Block, "Linear"]},
         {"blocks": ["blocks.0", "blocks.2"]},
     ],
     ids=str,
@@ -396,6 +398,7 @@ def refused(kind: type[Layered], options: dict[str, Any], strategy: str) -> None
         (ShardedBefore, {}, "The module was sharded with precision='bf16-mixed', now it is '32-true'"),
         (MadeTooEarly, {}, "SGD holds parameters that the module no longer has"),
         (Fused, {"cpu_offload": True}, "Use Adam without fused=True"),
+        (Layered, {"blocks": [3]}, "blocks holds 3. Name layers by class, class name or path"),
         (Layered, {"blocks": ["Blok"]}, "blocks names 'Blok', but Layered has no such layer. Did you mean 'Block'?"),
     ],
 )
