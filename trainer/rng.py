@@ -21,7 +21,6 @@ from .plan import mix_seed
 from .rank_zero import rank_zero_info
 
 SEED_VARIABLE = "PACELINE_SEED"
-WORKERS_VARIABLE = "PACELINE_SEED_WORKERS"
 _RANK_STREAM = 0x72616E6B  # "rank"
 _SAMPLE_STREAM = 0x73616D70  # "samp"
 
@@ -39,7 +38,6 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     if verbose:
         rank_zero_info(f"Seed set to {seed}")
     os.environ[SEED_VARIABLE] = str(seed)
-    os.environ[WORKERS_VARIABLE] = str(int(workers))
     seed_generators(seed)
     return seed
 

@@ -150,15 +150,12 @@ def _state(trainer: Trainer) -> Iterator[tuple[str, str]]:
     """Everything that a checkpoint would hold, by name → digest."""
     from .checkpoint.run_state import collect
 
-    for key, value in collect(trainer, weights_only=False).items():
-        if key not in _NOISE:
-            tree, tensors = encode(value, key)
-            yield from ((name, digest(tensor)) for name, tensor in tensors.items())
-            yield from _leaves(tree, key)
-    for callback in trainer.callbacks:
-        tree, tensors = encode(callback.state_dict(), f"callbacks.{type(callback).__name__}")
-        yield from ((name, digest(tensor)) for name, tensor in tensors.items())
-        yield from _leaves(tree, f"callbacks.{type(callback).__name__}")
+    parts = [(key, value) for key, value in collect(trainer, weights_only=False).items() if key not in _NOISE]
+    parts += [(f"callbacks.{type(callback).__name__}", callback.state_dict()) for callback in trainer.callbacks]
+    for name, value in parts:
+        tree, tensors = encode(value, name)
+        yield from ((place, digest(tensor)) for place, tensor in tensors.items())
+        yield from _leaves(tree, name)
 
 
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -197,12 +194,11 @@ def _bits(value: Any) -> Iterator[bytes]:
 
 
 def _compare(steps: int, whole: _Watch, resumed: _Watch) -> Verified:
-    different = []
     pairs = [(f"batch {i} after the save", *pair) for i, pair in enumerate(zip(whole.batches, resumed.batches))]  # noqa: B905
     pairs += [(f"the logged point of step {a[0]}", repr(a), repr(b)) for a, b in zip(whole.points, resumed.points)]  # noqa: B905
     names = list(dict.fromkeys([*whole.state, *resumed.state]))
     pairs += [(name, whole.state.get(name, ""), resumed.state.get(name, "")) for name in names]
-    different += [name for name, one, other in pairs if one != other]
+    different = [name for name, one, other in pairs if one != other]
     for what, left, right in (("batches", whole.batches, resumed.batches), ("points", whole.points, resumed.points)):
         if len(left) != len(right):
             different.append(f"the number of {what}: {len(left)} and, resumed, {len(right)}")
