@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from argparse import Namespace
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def jsonable(value: Any) -> Any:
     """
     value = plain_number(value) if getattr(value, "ndim", None) == 0 else value
     if isinstance(value, float):
-        return value if math.isfinite(value) else non_finite(value)
+        return value if math.isfinite(value) else json.dumps(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, Namespace):
@@ -66,10 +67,3 @@ def as_yaml(hparams: Mapping[str, Any]) -> str:
 
     text: str = yaml.safe_dump(jsonable(hparams), sort_keys=False, allow_unicode=True)
     return text
-
-
-def non_finite(value: float) -> str:
-    """The word for a float that JSON has no number for."""
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"

@@ -265,7 +265,8 @@ class ModelCheckpoint(Callback):
         is_top = due and self._is_top(trainer, metrics)
         if not (is_top or self.save_last or always):
             return
-        path, pointer = self._free_paths(trainer, metrics)
+        path = self._first_free(trainer, metrics, None)
+        pointer = self._first_free(trainer, metrics, self.CHECKPOINT_NAME_LAST) if self.save_last else ""
         before, undo = self._kept(), self._noted()
         if is_top:
             self._note_top(path, metrics)
@@ -429,13 +430,8 @@ class ModelCheckpoint(Callback):
         storage, place = storage_of(filepath)
         return bool(trainer.strategy.broadcast_object(trainer.is_global_zero and storage.exists(place)))
 
-    def _free_paths(self, trainer: Trainer, metrics: dict[str, Tensor]) -> tuple[str, str]:
-        """Where to save, and where `last` points from: its own pointer again, but never another run's."""
-        path = self._first_free(trainer, metrics, None)
-        pointer = self._first_free(trainer, metrics, self.CHECKPOINT_NAME_LAST) if self.save_last else ""
-        return path, pointer
-
     def _first_free(self, trainer: Trainer, metrics: dict[str, Tensor], filename: str | None) -> str:
+        """Where a checkpoint goes, or `last` points from: its own pointer again, but never another run's."""
         path, version = self.format_checkpoint_name(metrics, filename), self.STARTING_VERSION
         while path != self.last_model_path and self.file_exists(path, trainer):
             path = self.format_checkpoint_name(metrics, filename, version)

@@ -42,8 +42,6 @@ from .windows import DataSettings, ToDevice, Window, moved, shares, weight_of
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
 
-__all__ = ["DataSettings", "PlannedData", "StreamedData", "Window", "training_data"]
-
 _WORKERS_STREAM = 0x776F726B  # "work"
 _READ_AT_ONCE = 2048
 

@@ -19,8 +19,6 @@ from typing import NoReturn
 
 from ..errors import LaunchError
 
-__all__ = ["check_possible", "is_possible", "start_ranks"]
-
 _ended_with: int | None = None
 
 

@@ -23,12 +23,13 @@ from .rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from ..strategies.base import Strategy
     from .control import Control
-    from .data import PlannedData, StreamedData
+    from .data import PlannedData
     from .hooks import Hooks
     from .metrics import Metrics
     from .schedules import Schedulers, ValidationTimes
     from .state import Limits, Progress
     from .stepping import Stepper
+    from .streamed_data import StreamedData
     from .windows import Window
 
 

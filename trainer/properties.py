@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from ..strategies.base import Strategy
     from .arguments import Arguments
     from .callback import Callback
-    from .data import DataSettings, PlannedData, StreamedData
+    from .data import PlannedData
     from .evaluate import Evaluation
     from .loop import Fit
     from .metrics import Metrics
     from .module import Module
+    from .streamed_data import StreamedData
+    from .windows import DataSettings
 
 
 def _reading(path: str) -> Any:

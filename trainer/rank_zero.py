@@ -18,8 +18,6 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["rank_zero_info", "rank_zero_only", "rank_zero_warn"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

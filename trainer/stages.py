@@ -16,7 +16,7 @@ from .backend_flags import backend_flags
 from .callback import Callback
 from .checkpoint import choose, run_state
 from .control import Control, Wish
-from .data import DataSettings, PlannedData, StreamedData, training_data
+from .data import PlannedData, training_data
 from .datamodule import DataHooks, DataModule
 from .evaluate import Evaluation, evaluate
 from .evaluation_data import evaluation_data
@@ -32,6 +32,8 @@ from .rng import derive_stream_of_rank, isolated, seed_generators, seed_of_run
 from .schedules import Schedulers, ValidationTimes
 from .state import Limits, Progress, RunningStage, TrainerFn, TrainerStatus
 from .stepping import Stepper, needs_closure
+from .streamed_data import StreamedData
+from .windows import DataSettings
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -45,7 +47,8 @@ def running(
 ) -> Iterator[None]:
     """Frame of a call: connect, prepare data, set up; the body; tear down. Exceptions pass the hooks and go on."""
     state = trainer.state
-    state.fn, state.stage, state.status = fn, _first_stage(fn), TrainerStatus.RUNNING
+    state.fn, state.status = fn, TrainerStatus.RUNNING
+    state.stage = RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value)
     trainer.should_stop = False
     trainer.connect(module)
     strategy = trainer.strategy
@@ -75,10 +78,6 @@ def running(
             trainer.release_run_folder()
         state.stage = None
     state.status = TrainerStatus.FINISHED
-
-
-def _first_stage(fn: TrainerFn) -> RunningStage:
-    return RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value)
 
 
 def _attach(trainer: Trainer, module: Module, datamodule: DataModule | None) -> None:

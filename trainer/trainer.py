@@ -38,7 +38,7 @@ from .checkpoint.run_state import BeforeValidation, save_checkpoint
 from .checkpoint.saver import FollowUp, Saver
 from .checkpoint.weights import WeightsRequest, load_weights, stored_names
 from .compiling import compile_module
-from .data import DataSettings, PlannedData, StreamedData
+from .data import PlannedData
 from .datamodule import DataModule
 from .evaluate import Evaluation, evaluate, gathered
 from .hooks import Hooks, check_names
@@ -53,7 +53,9 @@ from .rank_zero import rank_zero_warn
 from .signals import SignalWatch
 from .state import Progress, RunningStage, TrainerFn, TrainerState
 from .stepping import Stepper
+from .streamed_data import StreamedData
 from .verdict import RESUMABLE
+from .windows import DataSettings
 
 
 class Trainer(TrainerProperties):
