@@ -25,11 +25,14 @@ from .cluster import Cluster
 from .estimate import gb
 from .precision import Precision
 from .same_use import SameUse
+from .shardable import check_module, children_with_parameters, refuse_other
 from .steps import Steps
 from .whole_use import on_meta, refuse_shards_in, refuse_stray_gradients, take_whole_state, with_reasons
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from .sharding import Sharding
 
 
 @register_strategy("fsdp")
@@ -124,29 +127,26 @@ class FSDP(Strategy):
 
         self.module, self.precision = module, precision
         self.scaler = torch.amp.GradScaler(self.device.type) if precision.scaled else None
+        options = self._options()
         held = module.__dict__.get("_sharded_roots")
         if held is not None:
             self._roots, before = held
-            if before != precision.name:
-                raise ConfigurationError(
-                    f"The module was sharded with precision={before!r}, now it is {precision.name!r}. Use {before!r}, "
-                    "or a new module and the weights of a checkpoint."
-                )
+            refuse_other(options, before)
             if sharding.is_meta(module):
                 raise ConfigurationError(
                     f"configure_model of {type(module).__name__} built layers anew in a second call, so what was "
                     "trained is lost. Begin it with a return where they are there: `if hasattr(self, ...): return`."
                 )
             return
-        _check(module, self)
+        check_module(module, self)
         meta = sharding.is_meta(module)
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         dtypes = {name: tensor.dtype for name, tensor in named}
         module.to(dtype=precision.parameters)
         by_hand = not getattr(module, "automatic_optimization", True)
-        self._roots = _children_with_parameters(module) if by_hand else [Steps(module)]
+        self._roots = children_with_parameters(module) if by_hand else [Steps(module)]
         blocks = self._find_blocks(module)
-        sharding.shard(self._roots, [block for block in blocks if block not in self._roots], self._options())
+        sharding.shard(self._roots, [block for block in blocks if block not in self._roots], options)
         if meta:
             from .initialise import initialise
 
@@ -156,9 +156,9 @@ class FSDP(Strategy):
         if self.rank == 0:
             print(self._told(module, blocks, meta), flush=True)
         take_whole_state(module)
-        module.__dict__["_sharded_roots"] = self._roots, precision.name
+        module.__dict__["_sharded_roots"] = self._roots, options
 
-    def _options(self) -> Any:
+    def _options(self) -> Sharding:
         from .sharding import Sharding
 
         return Sharding(
@@ -386,40 +386,3 @@ def _try_step(optimizer: Optimizer) -> None:
     trial.state = defaultdict(dict)
     trial.param_groups = [{**group, "params": [matrix]}]
     type(optimizer).step(trial)  # what schedulers put around `optimizer.step` would count it
-
-
-def _check(module: nn.Module, strategy: Strategy) -> None:
-    count = sum(p.numel() for p in module.parameters())
-    if not any(True for _ in module.parameters()):
-        raise ConfigurationError(
-            f"{type(module).__name__} has no parameters, so {strategy.name} has nothing to shard. Build its layers in "
-            "__init__ or configure_model, or use strategy='ddp'."
-        )
-    scalars = [name for name, p in module.named_parameters() if p.dim() == 0]
-    if scalars:
-        raise ConfigurationError(
-            f"{scalars[0]!r} has no dimension, so {strategy.name} cannot shard it. Make it a parameter of shape (1,)."
-        )
-    if count < strategy.world_size:
-        raise ConfigurationError(
-            f"{type(module).__name__} has {count} parameter(s), fewer than the {strategy.world_size} ranks, so "
-            f"{strategy.name} cannot give each a share. Use strategy='ddp'."
-        )
-
-
-def _children_with_parameters(module: nn.Module) -> list[nn.Module]:
-    """The groups of manual optimization: each child, or each child of a list of them; ConfigurationError."""
-    own = [name for name, _ in module.named_parameters(recurse=False)]
-    if own:
-        raise ConfigurationError(
-            f"{type(module).__name__} has parameters of its own ({', '.join(own)}), which no child's forward gathers: "
-            "with manual optimization (automatic_optimization = False) every child is sharded for itself. Put them "
-            "into a child with a forward, or use strategy='ddp'."
-        )
-    found: list[nn.Module] = []
-    for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            found += _children_with_parameters(child)
-        elif any(True for _ in child.parameters()):
-            found.append(child)
-    return found

@@ -359,6 +359,14 @@ class ShardedBefore(Layered):
         tiny_trainer(strategy="fsdp", precision="bf16-mixed").test(self, batches(4, 2), verbose=False)
 
 
+class GatheredBefore(Layered):
+    """Was trained with other options."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tiny_trainer(strategy=FSDP(reshard_after_forward=False)).test(self, batches(4, 2), verbose=False)
+
+
 class MadeTooEarly(Layered):
     def __init__(self) -> None:
         super().__init__()
@@ -396,6 +404,11 @@ def refused(kind: type[Layered], options: dict[str, Any], strategy: str) -> None
         ),
         (Scalar, {}, "'scale' has no dimension, so FSDP cannot shard it. Make it a parameter of shape (1,)"),
         (ShardedBefore, {}, "The module was sharded with precision='bf16-mixed', now it is '32-true'"),
+        (
+            GatheredBefore,
+            {},
+            "The module was sharded with reshard_after_forward=False, now it is None. Use False, or a",
+        ),
         (MadeTooEarly, {}, "SGD holds parameters that the module no longer has"),
         (Fused, {"cpu_offload": True}, "Use Adam without fused=True"),
         (Layered, {"blocks": [3]}, "blocks holds 3. Name layers by class, class name or path"),
