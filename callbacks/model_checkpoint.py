@@ -265,7 +265,7 @@ class ModelCheckpoint(Callback):
         is_top = due and self._is_top(trainer, metrics)
         if not (is_top or self.save_last or always):
             return
-        path = self._first_free(trainer, metrics, None)
+        path = self._first_free(trainer, metrics, ("suspended-" if to_go_on else "") + self._template)
         pointer = self._first_free(trainer, metrics, self.CHECKPOINT_NAME_LAST) if self.save_last else ""
         before, undo = self._kept(), self._noted()
         if is_top:
@@ -275,7 +275,9 @@ class ModelCheckpoint(Callback):
                 self._retired.append(self.last_model_path)
             self.last_model_path, self._last_target = pointer, path
         self._retired += [old for old in before if old not in self._kept()]
-        self._last_checkpoint_saved, self._last_global_step_saved = path, trainer.global_step
+        self._last_checkpoint_saved = path
+        if not always:  # else what is due at this step, after the validation that it cut off, is still to be saved
+            self._last_global_step_saved = trainer.global_step
         if self.verbose:
             rank_zero_info(self._message(trainer, path, is_top))
 
@@ -416,12 +418,16 @@ class ModelCheckpoint(Callback):
         self, metrics: dict[str, Tensor], filename: str | None = None, ver: int | None = None
     ) -> str:
         """The path, in `dirpath` if that is known, of a checkpoint with these metrics, with `-v<ver>` if given."""
-        template = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
+        template = filename or self._template
         name = format_name(template, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
         if ver is not None:
             name = f"{name}{self.CHECKPOINT_JOIN_CHAR}v{ver}"
         name += self.FILE_EXTENSION
         return join(self.dirpath, name) if self.dirpath else name
+
+    @property
+    def _template(self) -> str:
+        return self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
 
     def file_exists(self, filepath: str, trainer: Trainer) -> bool:
         """Whether the path is taken, as rank 0 sees it; on every rank."""
@@ -430,7 +436,7 @@ class ModelCheckpoint(Callback):
         storage, place = storage_of(filepath)
         return bool(trainer.strategy.broadcast_object(trainer.is_global_zero and storage.exists(place)))
 
-    def _first_free(self, trainer: Trainer, metrics: dict[str, Tensor], filename: str | None) -> str:
+    def _first_free(self, trainer: Trainer, metrics: dict[str, Tensor], filename: str) -> str:
         """Where a checkpoint goes, or `last` points from: its own pointer again, but never another run's."""
         path, version = self.format_checkpoint_name(metrics, filename), self.STARTING_VERSION
         while path != self.last_model_path and self.file_exists(path, trainer):

@@ -89,6 +89,19 @@ def test_it_goes_where_auto_looks_and_is_whole_even_where_only_weights_are_kept(
     assert saved_in(tmp_path / "runs") == []
 
 
+def test_a_run_suspended_before_a_validation_still_saves_what_that_validation_finds_best(tmp_path: Path) -> None:
+    def best_of(root: Path, *callbacks: Callback) -> dict[str, float]:
+        saves = ModelCheckpoint(monitor="val_loss", save_top_k=-1)
+        run("adam_by_epoch", root, "auto", callbacks=(saves, *callbacks))
+        return {Path(path).name: float(score) for path, score in saves.best_k_models.items()}
+
+    whole = best_of(tmp_path / "whole")
+    for n in range(2, 26, 3):
+        with pytest.raises(Suspended):
+            best_of(tmp_path / str(n), SignalsItself(n))
+        assert best_of(tmp_path / str(n)) == whole
+
+
 def test_a_save_of_this_very_step_is_not_made_again(tmp_path: Path) -> None:
     with pytest.raises(Suspended):
         saves = ModelCheckpoint(every_n_train_steps=1, save_top_k=-1)
