@@ -47,6 +47,7 @@ class StreamedData:
         self.user_loader = loader
         self.loader = sharded(loader, strategy.data_rank, strategy.data_ranks) if settings.take_over else loader
         self._leaves = leaves_of(self.loader)
+        self._planned = all(isinstance(leaf, RankBatches) for leaf in self._leaves)
         self._strategy = strategy
         self._settings = settings
         self._deal = deal
@@ -80,7 +81,7 @@ class StreamedData:
         ranks = self._strategy.data_ranks
         if self._deal:
             return math.ceil(len(self.loader) / ranks)
-        if all(isinstance(leaf, RankBatches) for leaf in self._leaves):
+        if self._planned:
             return length_of(self.loader)
         if isinstance(self.loader, CombinedLoader):
             exact = all(length_of_stream(leaf) == length_of(leaf) for leaf in self._leaves)
@@ -164,9 +165,9 @@ class StreamedData:
             if first_batch == 0 and not found["ended"]:
                 iter(self.loader)  # the epoch before was cut short by a limit; the next one begins anew
         skip = 0 if found is not None else first_batch
-        if skip and isinstance(self.loader, RankBatches):
-            self.loader.seek(skip - 1)
-            skip = 1
+        kept = int(self._strategy.data_ranks > 1)  # what a rank repeats once it is dry
+        if skip and self._seek(skip - kept):
+            skip = kept
         elif skip and not self._deal:
             self._tell_the_cost(skip)
         batches = iter(self.loader)
@@ -177,9 +178,25 @@ class StreamedData:
         batches = self._position.to_the_end(batches)
         if self.num_batches != math.inf:
             left = max(0, int(self.num_batches) - first_batch + skip)
-            batches = islice(batches, left) if self.num_batches != self._length() else _all_of(batches, left)
+            sees_its_end = self.num_batches == self._length() and not self._planned
+            batches = _all_of(batches, left) if sees_its_end else islice(batches, left)
         skipped = deque(islice(batches, skip), maxlen=1)
         return batches, skipped[0] if skipped else None
+
+    def _seek(self, batches: int) -> bool:
+        """Let the next iteration begin after so many batches without reading them; False where it cannot."""
+        combined = self.loader if isinstance(self.loader, CombinedLoader) else None
+        if not self._planned or (combined is not None and combined.limits is not None):
+            return False
+        mode = combined.mode if combined is not None else None
+        for leaf in self._leaves:
+            if mode == "max_size_cycle":
+                leaf.seek(batches % len(leaf), batches // len(leaf))
+            else:
+                leaf.seek(batches)
+            if mode == "sequential":
+                batches = max(0, batches - len(leaf))
+        return True
 
     def _tell_the_cost(self, batches: int) -> None:
         rank_zero_warn(
@@ -275,9 +292,9 @@ class RankBatches:
         self._epoch, self._reads = epoch, 0
         self.planned.set_epoch(epoch)
 
-    def seek(self, batches: int) -> None:
-        """The next iteration begins after so many batches, without reading them."""
-        self._first = min(batches, self.planned.num_batches)
+    def seek(self, batches: int, passes: int = 0) -> None:
+        """The next iteration of the epoch begins after so many batches, and whole passes, without reading them."""
+        self._first, self._reads = min(batches, self.planned.num_batches), passes
 
     def __iter__(self) -> Iterator[Any]:
         again, self._reads = self._reads, self._reads + 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, Dataset
 
 import paceline as pl
 from paceline.callbacks import Callback, ModelCheckpoint
@@ -16,6 +18,7 @@ from paceline.errors import CheckpointError, ConfigurationError
 from helpers import resumable
 from helpers.ranks import run_ranks
 from helpers.resumable import CASES, SAMPLES, Case, Noisy, Outcome, every_save, run, same, saved_in
+from helpers.tiny import tiny_trainer
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,6 +87,61 @@ def test_a_resumed_run_reads_the_samples_that_it_trains_and_no_others(
     read.clear()
     resumed = run("sgd_momentum_by_step", tmp_path / "resumed", saves.best_model_path, max_epochs=1)
     assert read == [index for _, _, batch in resumed.seen for index in batch] and len(read) == 20
+
+
+class Reads(pl.Module):
+    """Keeps what its data set was asked for, and what it trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.read: list[int] = []
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(batch)
+        leaves = batch.values() if isinstance(batch, dict) else [batch]
+        return sum(leaf.float().mean() for leaf in leaves if leaf is not None) * self.weight
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Listed(Dataset[int]):
+    def __init__(self, numbers: range, read: list[int]) -> None:
+        self.numbers, self.read = numbers, read
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> int:
+        self.read.append(self.numbers[index])
+        return self.numbers[index]
+
+
+def train_combined(mode: Any, folder: Path, path: str | None = None, steps: int = -1) -> tuple[Reads, pl.Trainer]:
+    module = Reads()
+    loaders = {
+        name: DataLoader(Listed(numbers, module.read), batch_size=2, shuffle=True)
+        for name, numbers in (("long", range(14)), ("short", range(100, 106)))
+    }
+    trainer = tiny_trainer(max_epochs=1 if steps < 0 else 9, max_steps=steps, default_root_dir=folder)
+    pl.seed_everything(3, verbose=False)
+    trainer.fit(module, pl.CombinedLoader(loaders, mode), ckpt_path=path)
+    return module, trainer
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle", "sequential"])
+def test_combined_loaders_of_samples_are_found_without_reading_what_was_trained(mode: str, tmp_path: Path) -> None:
+    whole, _ = train_combined(mode, tmp_path)
+    for steps in range(1, len(whole.seen)):
+        path = train_combined(mode, tmp_path, steps=steps)[1].save_checkpoint(tmp_path / f"{steps}.ckpt")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Resuming reads")
+            resumed, _ = train_combined(mode, tmp_path, path)
+        assert str(resumed.seen) == str(whole.seen[steps:])
+        read = whole.read[len(whole.read) - len(resumed.read) :]
+        assert resumed.read == read and len(read) <= 4 * len(resumed.seen) + 2
 
 
 def test_other_optimizers_or_schedulers_than_were_saved_are_refused(
