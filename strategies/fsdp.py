@@ -383,6 +383,8 @@ def _try_step(optimizer: Optimizer) -> None:
     matrix = nn.Parameter(DTensor.from_local(zeros, like.device_mesh, like.placements))
     matrix.grad = torch.zeros_like(matrix)
     trial = copy.copy(optimizer)
-    trial.state = defaultdict(dict)
+    made = optimizer.state.get(like, {})  # by its constructor, as Adagrad's is in torch 2.11
+    state = {k: torch.zeros_like(matrix) if isinstance(v, DTensor) else copy.deepcopy(v) for k, v in made.items()}
+    trial.state = defaultdict(dict, {matrix: state})
     trial.param_groups = [{**group, "params": [matrix]}]
     type(optimizer).step(trial)  # what schedulers put around `optimizer.step` would count it

@@ -340,6 +340,39 @@ class MakesAdafactor(Layered):
         raise AssertionError("a batch began")
 
 
+class SumsGradients(torch.optim.SGD):
+    """Made with its state, as torch 2.11's Adagrad is."""
+
+    __module__ = "torch.optim"
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["sum"] = torch.zeros_like(p)
+
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["sum"].add_(p.grad)
+        return super().step(closure)
+
+
+class MakesOneWithState(Layered):
+    def configure_optimizers(self) -> Any:
+        return SumsGradients(self.parameters())
+
+
+def sums_of_gradients() -> bool:
+    module = MakesOneWithState()
+    trainer = tiny_trainer(strategy="fsdp", devices="auto", max_steps=1)
+    trainer.fit(module, batches(8, 2))
+    [optimizer] = trainer.optimizers
+    return all(torch.equal(optimizer.state[p]["sum"].full_tensor(), p.grad.full_tensor()) for p in module.parameters())
+
+
+def test_an_optimizer_of_torch_that_is_made_with_its_state_trains_on_shards() -> None:
+    assert run_ranks(sums_of_gradients, 2) == [True, True]
+
+
 class MakesOneOfAnotherLibrary(Layered):
     def configure_optimizers(self) -> Any:
         return type("Shampoo", (torch.optim.Adafactor,), {"__module__": "others"})(self.parameters())
