@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-import operator
 import os
 import re
 import sys
@@ -103,6 +102,7 @@ def named_only(init: Callable[P, None]) -> Callable[P, None]:
         if values:
             raise WrongTypeError(f"Trainer({values[0]!r}): nothing is positional; write Trainer(name=value).")
         refuse_unknown({name: value for name, value in given.items() if name not in known}, known)
+        given = {name: _plain(value) for name, value in given.items()}
         check_types("Trainer", kinds, given)
         trainer.given = given
         init(trainer, **given)
@@ -120,6 +120,11 @@ def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
         raise UnknownArgumentError(
             f"Trainer({name}={value!r}): there is no argument {name!r}. Did you mean {near[0]!r}?"
         )
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -140,13 +145,11 @@ def check_limit(name: str, value: Any) -> int | float | None:
 
 def check_count(name: str, value: Any, least: int = 1, special: tuple[Any, ...] = ()) -> Any:
     """A whole number of at least `least`, or one of `special`."""
-    if value in special and not isinstance(value, bool):
-        return value
-    number = value
-    if isinstance(value, float) and value.is_integer():
-        number = int(value)
-    elif hasattr(value, "__index__") and not isinstance(value, bool):
-        number = operator.index(value)  # those of NumPy and torch too
+    number = _plain(value)
+    if number in special and not isinstance(number, bool):
+        return number
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         also = "".join(f" or {s}" for s in special if s is not None)
         raise ConfigurationError(f"{name}={value!r} is not a whole number of at least {least}{also}.")

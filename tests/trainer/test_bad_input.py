@@ -86,7 +86,12 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
     stop = EarlyStopping("loss", min_delta=np.float32(0.5), patience=np.int64(2), stopping_threshold=torch.tensor(0.1))
     assert (stop.patience, stop.stopping_threshold) == (2, torch.tensor(0.1))
     assert ModelCheckpoint(verbose=np.bool_(True)).verbose
-    assert pl.Trainer(max_epochs=np.int64(3), logger=False).max_epochs == 3
+    numbers = {"max_epochs": np.int64(3), "limit_train_batches": np.int64(4), "gradient_clip_val": torch.tensor(0.5)}
+    trainer = tiny_trainer(**numbers, devices=np.int64(1), val_check_interval=np.float32(0.25))
+    assert (trainer.max_epochs, trainer.limit_train_batches, trainer.gradient_clip_val) == (3, 4, 0.5)
+    assert type(trainer.limit_train_batches) is int and trainer.val_check_interval == 0.25
+    with pytest.raises(ConfigurationError, match=r"patience=.*1\.5.* is not a whole number"):
+        EarlyStopping("loss", patience=torch.tensor(1.5))
 
 
 @pytest.mark.parametrize("name", REMOVED_ARGUMENTS)
