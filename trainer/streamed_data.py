@@ -189,6 +189,8 @@ class StreamedData:
         if not self._planned or (combined is not None and combined.limits is not None):
             return False
         mode = combined.mode if combined is not None else None
+        if self._strategy.data_ranks > 1 and mode in ("max_size_cycle", "sequential"):
+            return False  # a rank may have fewer batches of a leaf than others, so it goes on to the next one earlier
         for leaf in self._leaves:
             if mode == "max_size_cycle":
                 leaf.seek(batches % len(leaf), batches // len(leaf))
