@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,9 @@ class SignalsSometime(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.Module) -> None:
         if trainer.global_rank == self.rank:
             self.timer.start()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(0.006)  # so that the run takes longer than the timer, however fast the machine is
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.Module) -> None:
         self.timer.cancel()
