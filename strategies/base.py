@@ -326,7 +326,15 @@ def zero_loss(module: nn.Module | None) -> Tensor:
     return torch.stack([p.sum() * 0 for p in module.parameters() if p.requires_grad]).sum()
 
 
+def _let_threads_go() -> None:
+    """Before the interpreter ends: gloo's threads let go of a collective's tensors a moment after it, for which they
+    take the interpreter's lock, and in an interpreter that is being taken down that aborts the process."""
+    time.sleep(_SECONDS_TO_LET_GO)
+
+
 def _join(device: torch.device, cluster: Cluster) -> None:
+    atexit.unregister(_let_threads_go)  # once, however many trainers there are
+    atexit.register(_let_threads_go)
     if dist.is_initialized():
         if dist.get_world_size() != cluster.world_size:
             raise ConfigurationError(
@@ -335,9 +343,6 @@ def _join(device: torch.device, cluster: Cluster) -> None:
             )
         return
     os.environ.update(rendezvous_environment(cluster))
-    # gloo's threads let go of a collective's tensors a moment after it, for which they take the interpreter's lock: in
-    # one that is being taken down, that aborts the process.
-    atexit.register(time.sleep, _SECONDS_TO_LET_GO)
     backend = (
         "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     )

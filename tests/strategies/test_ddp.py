@@ -468,8 +468,9 @@ for tensor in [torch.ones(1000) for _ in range(50)]:
 """
 
 
-def test_a_script_may_end_right_after_collectives() -> None:
+@pytest.mark.parametrize("begins", ["", "import torch.distributed as dist\ndist.init_process_group('gloo')\n"])
+def test_a_script_may_end_right_after_collectives(begins: str) -> None:
     """gloo's threads are still at them as the script ends; without a pause most such processes are aborted."""
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = run_script(ENDS_WITH_COLLECTIVES, launcher="torchrun", nproc=2, env=environment)
+    result = run_script(begins + ENDS_WITH_COLLECTIVES, launcher="torchrun", nproc=2, env=environment)
     assert result.returncode == 0, result.stderr
