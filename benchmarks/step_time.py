@@ -223,6 +223,12 @@ def accelerate(case: Case) -> float:
 RUNNERS = {"hand-written": hand_written, "paceline": paceline, "lightning": lightning, "accelerate": accelerate}
 
 
+def tell(line: str) -> None:
+    """Print it, on one rank."""
+    if RANK == 0:
+        print(line, flush=True)
+
+
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,12 +243,10 @@ def main() -> None:
         torch.cuda.set_device(DEVICE)
     if RANKS > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # one rank tells  # noqa: SIM115
     versions = [f"{name} {version(name)}" for name in ("torch", *arguments.rivals)]
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
-    print(f"{RANKS} x {where}, python {sys.version.split()[0]}, {', '.join(versions)}\n")
-    print("| case | loop | ms a step | over hand-written | peak GiB |\n|---|---|---:|---:|---:|", flush=True)
+    tell(f"{RANKS} x {where}, python {sys.version.split()[0]}, {', '.join(versions)}\n")
+    tell("| case | loop | ms a step | over hand-written | peak GiB |\n|---|---|---:|---:|---:|")
     for case in (CASES[name] for name in arguments.cases if on_gpu or name == "tiny"):
         target = case.target if RANKS == 1 else 1.0
         names = ["hand-written", "paceline", *arguments.rivals]
@@ -263,10 +267,7 @@ def main() -> None:
         }
         for name in names:
             over = "" if name == names[0] else f"{ratios[name]:.3f}" + f" (target: {target:.2f})" * (name == "paceline")
-            print(
-                f"| {case.name} | {name} | {statistics.median(times[name]):.3f} | {over} | {peaks[name]:.2f} |",
-                flush=True,
-            )
+            tell(f"| {case.name} | {name} | {statistics.median(times[name]):.3f} | {over} | {peaks[name]:.2f} |")
 
 
 if __name__ == "__main__":
