@@ -48,7 +48,7 @@ def built(module: Module, trainer: Trainer) -> Module:
 
     if any(True for _ in module.parameters()):
         return module
-    why = "it has no parameters"
+    why, cause = "it has no parameters", None
     try:
         other = copy.deepcopy(module)
         other.trainer = trainer
@@ -57,11 +57,12 @@ def built(module: Module, trainer: Trainer) -> Module:
         if any(True for _ in other.parameters()):
             return other
     except Exception as error:  # noqa: BLE001  # what it needs may be made by setup, whose time is to come
+        cause = error
         why = f"configure_model raised {type(error).__name__} ({error})"
     raise ConfigurationError(
         f"The size of {type(module).__name__} is not known before setup(): {why}. Build its layers in __init__, or in "
         "configure_model from what __init__ knows."
-    )
+    ) from cause
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
