@@ -76,13 +76,21 @@ echo "srun ended with \$code"
 JOB
 log=$scratch/requeued.log
 touch "$log"
-seen() { for _ in $(seq 120); do [ "$(grep -c "$1" "$log")" -ge "$2" ] && return; sleep 0.5; done; cat "$log"; fail "no '$1'"; }
+seen() {
+    for _ in $(seq 120); do [ "$(grep -c "$1" "$log")" -ge "$2" ] && return; sleep 0.5; done
+    cat "$log"; scontrol show job "$job" || true; tail -n 50 "$scratch/ctld.log"
+    fail "no '$1'"
+}
 job=$(sbatch --parsable --requeue --open-mode=append -n2 -o "$log" "$scratch/job.sh")
 seen '^begins at step 0' 1
 sleep 2
 scancel -s USR1 "$job"  # as --signal=USR1@60 does, a minute before the limit
 seen '^srun ended with 75' 1
-for _ in $(seq 20); do scontrol update jobid="$job" StartTime=now 2>/dev/null && break; sleep 0.5; done  # else 2 minutes
+# A requeued job waits for 2 minutes. It may start earlier, but not at once: SLURM sets that time again when the old run has
+# been cleaned up, and kills a job whose new credential is of the second in which the old one was revoked.
+for _ in $(seq 60); do [ "$(squeue -h -j "$job" -o %T)" = PENDING ] && break; sleep 0.5; done
+sleep 5
+scontrol update jobid="$job" StartTime=now
 seen '^rank [01] of 2: step 20' 2
 cat "$log"
 saved=$(sed -n 's/.*It is saved at step \([0-9]*\):.*/\1/p' "$log")
