@@ -40,17 +40,4 @@ if TYPE_CHECKING:
 else:
     from .._lazy import lazy_names
 
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "Callback": ".callback",
-            "CombinedLoader": ".combined",
-            "DataModule": ".datamodule",
-            "Module": ".module",
-            "Trainer": ".trainer",
-            "rank_zero_info": ".rank_zero",
-            "rank_zero_only": ".rank_zero",
-            "rank_zero_warn": ".rank_zero",
-            "seed_everything": ".rng",
-        },
-    )
+    __getattr__, __dir__ = lazy_names(__name__)
