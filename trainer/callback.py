@@ -119,71 +119,32 @@ class Callback:
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Module, optimizer: Optimizer) -> None:
         """The window's gradients are whole, and not clipped yet."""
 
-    # --- validate ----------------------------------------------------------------------------------------------
+    # --- validate; test and predict have the same hooks ----------------------------------------------------------
     def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Before a validation run."""
+        """Before an evaluation."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """After a validation run; its metrics are in `trainer.callback_metrics`."""
+        """After an evaluation; its metrics are in `trainer.callback_metrics`."""
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Before the first validation batch."""
+        """Before the first batch of an evaluation."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """After the last validation batch, before the metrics are reduced."""
+        """After the last batch of an evaluation, before the metrics are reduced."""
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Before a validation batch."""
+        """Before a batch of an evaluation."""
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """After a validation batch; `outputs` is what `validation_step` returned."""
+        """After a batch of an evaluation; `outputs` is what the step returned."""
 
-    # --- test --------------------------------------------------------------------------------------------------
-    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Before a test run."""
-
-    def on_test_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """After a test run; its metrics are in `trainer.callback_metrics`."""
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Before the first test batch."""
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """After the last test batch, before the metrics are reduced."""
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Before a test batch."""
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """After a test batch; `outputs` is what `test_step` returned."""
-
-    # --- predict -----------------------------------------------------------------------------------------------
-    def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Before a prediction run."""
-
-    def on_predict_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """After a prediction run."""
-
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
-        """Before the first prediction batch."""
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """After the last prediction batch."""
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Before a prediction batch."""
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """After a prediction batch; `outputs` is what `predict_step` returned."""
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end

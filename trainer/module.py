@@ -147,91 +147,45 @@ class Module(HyperParameters, DataHooks, nn.Module):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a micro-batch and, on the last of a window, after the optimizer's step."""
 
-    # --- hooks of evaluation -------------------------------------------------------------------------------------
+    # --- hooks of validation; test and predict have the same ------------------------------------------------------
     def on_validation_model_eval(self) -> None:
         """Put the module into evaluation mode."""
         self.eval()
 
     def on_validation_model_train(self) -> None:
         """Put every layer back into the mode it had."""
-        self._put_modes_back()
+        for module, training in self.__dict__.pop("_modes", ()):
+            module.training = training
 
     def on_validation_model_zero_grad(self) -> None:
         """Before validation inside `fit`; gradients are cleared by the next window anyway."""
 
     def on_validation_start(self) -> None:
-        """Before a validation run."""
+        """Before an evaluation."""
 
     def on_validation_end(self) -> None:
-        """After a validation run; its metrics are in `self.trainer.callback_metrics`."""
+        """After an evaluation; its metrics are in `self.trainer.callback_metrics`."""
 
     def on_validation_epoch_start(self) -> None:
-        """Before the first validation batch."""
+        """Before the first batch of an evaluation."""
 
     def on_validation_epoch_end(self) -> None:
-        """After the last validation batch, before the metrics are reduced."""
+        """After the last batch of an evaluation, before the metrics are reduced."""
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Before a validation batch."""
+        """Before a batch of an evaluation."""
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """After a validation batch."""
+        """After a batch of an evaluation; `outputs` is what the step returned."""
 
-    def on_test_model_eval(self) -> None:
-        """Put the module into evaluation mode."""
-        self.eval()
-
-    def on_test_model_train(self) -> None:
-        """Put every layer back into the mode it had."""
-        self._put_modes_back()
-
-    def on_test_start(self) -> None:
-        """Before a test run."""
-
-    def on_test_end(self) -> None:
-        """After a test run."""
-
-    def on_test_epoch_start(self) -> None:
-        """Before the first test batch."""
-
-    def on_test_epoch_end(self) -> None:
-        """After the last test batch, before the metrics are reduced."""
-
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Before a test batch."""
-
-    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """After a test batch."""
-
-    def on_predict_model_eval(self) -> None:
-        """Put the module into evaluation mode."""
-        self.eval()
-
-    def on_predict_model_train(self) -> None:
-        """Put every layer back into the mode it had."""
-        self._put_modes_back()
-
-    def on_predict_start(self) -> None:
-        """Before a prediction run."""
-
-    def on_predict_end(self) -> None:
-        """After a prediction run."""
-
-    def on_predict_epoch_start(self) -> None:
-        """Before the first prediction batch."""
-
-    def on_predict_epoch_end(self) -> None:
-        """After the last prediction batch."""
-
-    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Before a prediction batch."""
-
-    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """After a prediction batch."""
-
-    def _put_modes_back(self) -> None:
-        for module, training in self.__dict__.pop("_modes", ()):
-            module.training = training
+    on_test_model_eval = on_predict_model_eval = on_validation_model_eval
+    on_test_model_train = on_predict_model_train = on_validation_model_train
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -34,6 +34,22 @@ def _reading(path: str) -> Any:
     return property(attrgetter(path))
 
 
+def _batches(stage: str) -> Any:
+    return property(lambda trainer: trainer.batch_counts.get(stage, []))
+
+
+def _in_stage(*stages: RunningStage) -> Any:
+    return property(lambda trainer: trainer.state.stage in stages)
+
+
+def _callbacks_with(attribute: str) -> Any:
+    return property(lambda trainer: [callback for callback in trainer.callbacks if hasattr(callback, attribute)])
+
+
+def _first_with(attribute: str) -> Any:
+    return property(lambda trainer: next((cb for cb in trainer.callbacks if hasattr(cb, attribute)), None))
+
+
 def _limit(stage: str) -> Any:
     def limit(trainer: TrainerProperties) -> int | float:
         given = trainer.arguments.limit_of(stage)
@@ -80,25 +96,14 @@ class TrainerProperties:
         """Micro-batches of one rank in an epoch; inf where the loader has no length, or nobody knows it yet."""
         return math.inf if self.train_data is None else self.train_data.num_batches
 
-    @property
-    def num_val_batches(self) -> list[int | float]:
-        """Batches of each validation loader, over all ranks."""
-        return self.batch_counts.get("validation", [])
+    num_val_batches: list[int | float] = _batches("validation")  # of each loader, over all ranks
+    num_test_batches: list[int | float] = _batches("test")
+    num_predict_batches: list[int | float] = _batches("predict")
 
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Batches of each validation loader in the sanity check."""
         return [min(count, self.num_sanity_val_steps) for count in self.num_val_batches]
-
-    @property
-    def num_test_batches(self) -> list[int | float]:
-        """Batches of each test loader, over all ranks."""
-        return self.batch_counts.get("test", [])
-
-    @property
-    def num_predict_batches(self) -> list[int | float]:
-        """Batches of each prediction loader, over all ranks."""
-        return self.batch_counts.get("predict", [])
 
     @property
     def estimated_stepping_batches(self) -> int | float:
@@ -196,46 +201,26 @@ class TrainerProperties:
         return self.metrics.progress_bar_metrics()
 
     # --- what is being done -----------------------------------------------------------------------------------
-    @property
-    def training(self) -> bool:
-        """Training batches are under way."""
-        return self.state.stage is RunningStage.TRAINING
-
-    @property
-    def validating(self) -> bool:
-        """Validation, in `validate` or inside `fit`."""
-        return self.state.stage is RunningStage.VALIDATING
-
-    @property
-    def testing(self) -> bool:
-        """`test` is under way."""
-        return self.state.stage is RunningStage.TESTING
-
-    @property
-    def predicting(self) -> bool:
-        """`predict` is under way."""
-        return self.state.stage is RunningStage.PREDICTING
-
-    @property
-    def sanity_checking(self) -> bool:
-        """The validation before training is under way."""
-        return self.state.stage is RunningStage.SANITY_CHECKING
+    training: bool = _in_stage(RunningStage.TRAINING)
+    validating: bool = _in_stage(RunningStage.VALIDATING)  # in `validate` or inside `fit`
+    testing: bool = _in_stage(RunningStage.TESTING)
+    predicting: bool = _in_stage(RunningStage.PREDICTING)
+    sanity_checking: bool = _in_stage(RunningStage.SANITY_CHECKING)  # validation before training
+    evaluating: bool = _in_stage(RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.SANITY_CHECKING)
 
     @property
     def interrupted(self) -> bool:
         """The last call ended with an exception."""
         return self.state.status is TrainerStatus.INTERRUPTED
 
-    @property
-    def evaluating(self) -> bool:
-        """Validation or test is under way."""
-        return self.validating or self.testing or self.sanity_checking
-
     # --- where ------------------------------------------------------------------------------------------------
     global_rank: int = _reading("strategy.rank")  # this process among all
     local_rank: int = _reading("strategy.local_rank")  # on its node
     node_rank: int = _reading("strategy.node_rank")
     is_global_zero: bool = _reading("strategy.is_global_zero")  # the one process that prints, draws and writes
+    num_nodes: int = _reading("_choice.num_nodes")  # of the job
+    num_devices: int = _reading("_choice.ranks_here")  # ranks on this node
+    precision: str = _reading("precision_policy.name")  # its full name
     scaler: torch.amp.GradScaler | None = _reading("strategy.scaler")  # of the loss, under 16-mixed
 
     @property
@@ -244,24 +229,9 @@ class TrainerProperties:
         return max(self.strategy.world_size, int(self._choice.ranks_here * self._choice.num_nodes))
 
     @property
-    def num_nodes(self) -> int:
-        """Nodes of the job."""
-        return int(self._choice.num_nodes)
-
-    @property
-    def num_devices(self) -> int:
-        """Ranks on this node."""
-        return int(self._choice.ranks_here)
-
-    @property
     def device_ids(self) -> list[int]:
         """Indices of the devices on this node."""
         return [device.index or 0 for device in self._choice.devices]
-
-    @property
-    def precision(self) -> str:
-        """The precision by its full name."""
-        return str(self.precision_policy.name)
 
     @property
     def seed(self) -> int:
@@ -291,35 +261,12 @@ class TrainerProperties:
     def logger(self, logger: Any) -> None:
         self.loggers = [] if logger is None else [logger]
 
-    @property
-    def checkpoint_callbacks(self) -> list[Any]:
-        """The callbacks that save checkpoints."""
-        return [callback for callback in self.callbacks if hasattr(callback, "best_model_path")]
-
-    @property
-    def checkpoint_callback(self) -> Any:
-        """The first of them, or None."""
-        return next(iter(self.checkpoint_callbacks), None)
-
-    @property
-    def early_stopping_callbacks(self) -> list[Any]:
-        """The callbacks that stop early."""
-        return [callback for callback in self.callbacks if hasattr(callback, "stopped_epoch")]
-
-    @property
-    def early_stopping_callback(self) -> Any:
-        """The first of them, or None."""
-        return next(iter(self.early_stopping_callbacks), None)
-
-    @property
-    def profiler(self) -> Any:
-        """The callback that measures, or None."""
-        return next((callback for callback in self.callbacks if hasattr(callback, "trace_paths")), None)
-
-    @property
-    def progress_bar_callback(self) -> Any:
-        """The progress bar, or None."""
-        return next((callback for callback in self.callbacks if hasattr(callback, "get_metrics")), None)
+    checkpoint_callbacks: list[Any] = _callbacks_with("best_model_path")
+    checkpoint_callback: Any = _first_with("best_model_path")
+    early_stopping_callbacks: list[Any] = _callbacks_with("stopped_epoch")
+    early_stopping_callback: Any = _first_with("stopped_epoch")
+    profiler: Any = _first_with("trace_paths")
+    progress_bar_callback: Any = _first_with("get_metrics")
 
     @property
     def enable_validation(self) -> bool:
