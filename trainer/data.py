@@ -34,7 +34,7 @@ from .loaders import (
     taken_over,
     why_left_alone,
 )
-from .plan import DealtPlan, EpochPlan, Order, mix_seed, permutation, sequential, told_of_cut
+from .plan import DealtPlan, EpochPlan, Order, mix_seed, permutation, told_of_cut
 from .rank_zero import rank_zero_warn
 from .streamed_data import RankBatches, StreamedData
 from .windows import DataSettings, ToDevice, Window, moved, shares, weight_of
@@ -206,10 +206,10 @@ class PlannedData:
     def _order(self, length: int, epoch: int, alone: bool) -> Order:
         sampler = self.user_loader.sampler
         if self._settings.overfit or type(sampler) is SequentialSampler:
-            return sequential(length)
+            return range(length)
         if is_plain_shuffle(sampler):
             return permutation(length, self._seed, epoch)
-        return _DrawnOrder(self._draw(epoch, length, alone))
+        return self._draw(epoch, length, alone)
 
     def _draw(self, epoch: int, length: int, alone: bool) -> list[Any]:
         source = source_of(self.user_loader)
@@ -244,17 +244,6 @@ class PlannedData:
             )
 
 
-class _DrawnOrder(Order):
-    """An order that a user's sampler drew."""
-
-    def __init__(self, indices: list[Any]) -> None:
-        super().__init__(len(indices))
-        self._indices = indices
-
-    def _read(self, start: int, stop: int) -> list[Any]:
-        return self._indices[start:stop]
-
-
 def _index_lists(plan: EpochPlan, order: Order, first_batch: int) -> Iterator[tuple[int, list[Any]]]:
     """The first position and the indices of each micro-batch: some at a time, as one by one they would cost thrice."""
     spans = plan.spans(first_batch)
@@ -262,10 +251,10 @@ def _index_lists(plan: EpochPlan, order: Order, first_batch: int) -> Iterator[tu
     while some := list(islice(spans, at_once)):
         first, last = min(start for start, _ in some), max(stop for _, stop in some)
         if last - first <= 4 * _READ_AT_ONCE:
-            held = order[first:last]
+            held = list(order[first:last])
             lists = [(start, held[start - first : stop - first]) for start, stop in some]
         else:  # most of what lies between is for other ranks
-            lists = [(start, order[start:stop]) for start, stop in some]
+            lists = [(start, list(order[start:stop])) for start, stop in some]
         yield from lists
 
 

@@ -34,7 +34,7 @@ from .loaders import (
     taken_over,
     why_left_alone,
 )
-from .plan import evaluation_batches, permutation
+from .plan import Order, permutation
 from .rank_zero import rank_zero_warn
 from .rng import Place, isolated
 
@@ -144,7 +144,7 @@ class EvaluationData:
 
     def _taken_over(self, loader: Any, lists: list[Any]) -> Iterator[EvaluationBatch]:
         rank, ranks = self._strategy.data_rank, self._strategy.data_ranks
-        mine: Sequence[int] = evaluation_batches(len(lists), rank, ranks)
+        mine: Sequence[int] = range(rank, len(lists), ranks)
         needs_ghost, only_ghost = self._needs_ghost(len(lists)), not mine
         if needs_ghost and only_ghost:
             mine = [0]
@@ -169,13 +169,11 @@ class EvaluationData:
         if draws_own_batches(loader):
             return draw_alike(source, self._seed, 0, count, self._strategy)
         samples, size = len(source), loader.batch_size
-        if type(source) is torch.utils.data.SequentialSampler:
-            return [range(i, min(i + size, samples)) for i in range(0, count * size, size)]
-        order = (
-            permutation(samples, self._seed, 0)
-            if is_plain_shuffle(source)
-            else draw_alike(source, self._seed, 0, min(count * size, samples), self._strategy)
-        )
+        order: Order = range(samples)
+        if is_plain_shuffle(source):
+            order = permutation(samples, self._seed, 0)
+        elif type(source) is not torch.utils.data.SequentialSampler:
+            order = draw_alike(source, self._seed, 0, min(count * size, samples), self._strategy)
         return [order[i : i + size] for i in range(0, count * size, size)]
 
 

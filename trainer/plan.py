@@ -1,7 +1,7 @@
 """Which rank trains which samples in which micro-batch: pure arithmetic, without data, loaders or communication.
 
-Read it in two halves. An `Order` is an epoch's order of samples, a function of (seed, epoch) alone: `permutation` and
-`sequential`. An `EpochPlan` cuts the positions 0, 1, 2, ... of that order into global batches, and each of those into
+Read it in two halves. An `Order` is an epoch's order of samples, a function of (seed, epoch) alone: a `permutation`, or
+a range. An `EpochPlan` cuts the positions 0, 1, 2, ... of that order into global batches, and each of those into
 micro-batches of ranks: `cut` says how. Both are read anywhere at no cost, so resuming in mid-epoch reads nothing again.
 
 One surprising fact: a micro-batch may have weight zero. Every rank runs as many forwards as the others, so a rank that
@@ -10,12 +10,11 @@ has no sample left repeats one, which does not count.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,28 +48,10 @@ def mix_seed(seed: int, *parts: int) -> int:
     return state >> 1
 
 
-class Order(ABC):
-    """An epoch's order of samples: `order[start:stop]` is the list of indices at these positions."""
+class Order(Protocol):
+    """An epoch's order of samples: `order[start:stop]` are the indices at these positions. A range and a list are."""
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, positions: slice) -> list[int]:
-        start, stop, step = positions.indices(self.num_samples)
-        assert step == 1, "an order is read forwards, without gaps"
-        return self._read(start, max(start, stop))
-
-    @abstractmethod
-    def _read(self, start: int, stop: int) -> list[int]:
-        """The indices at the positions from `start` up to `stop`, which lie inside the order."""
-
-
-def sequential(num_samples: int) -> Order:
-    """The order 0, 1, 2, ..."""
-    return _Sequential(num_samples)
+    def __getitem__(self, positions: slice, /) -> Sequence[Any]: ...
 
 
 def permutation(num_samples: int, seed: int, epoch: int) -> Order:
@@ -84,24 +65,18 @@ def permutation(num_samples: int, seed: int, epoch: int) -> Order:
     return _Keyed(num_samples, seed, epoch)
 
 
-class _Sequential(Order):
-    def _read(self, start: int, stop: int) -> list[int]:
-        return list(range(start, stop))
-
-
-class _Held(Order):
+class _Held:
     def __init__(self, num_samples: int, seed: int, epoch: int) -> None:
-        super().__init__(num_samples)
         # The device is named, as a user may have set another default.
         generator = torch.Generator(device="cpu").manual_seed(mix_seed(seed, _ORDER_STREAM, epoch))
         self._indices = torch.randperm(num_samples, generator=generator, dtype=torch.int64, device="cpu")
 
-    def _read(self, start: int, stop: int) -> list[int]:
-        indices: list[int] = self._indices[start:stop].tolist()
+    def __getitem__(self, positions: slice) -> list[int]:
+        indices: list[int] = self._indices[positions].tolist()
         return indices
 
 
-class _Keyed(Order):
+class _Keyed:
     """A Feistel network over a table that just holds all samples: a bijection that is computed where it is read.
 
     Each round adds a keyed hash of a cell's row to its column, or of its column to its row; both can be undone. A cell
@@ -111,13 +86,14 @@ class _Keyed(Order):
 
     def __init__(self, num_samples: int, seed: int, epoch: int) -> None:
         assert 1 <= num_samples <= 2**62, "coordinates must fit in 32 bits, products in 63"
-        super().__init__(num_samples)
+        self.num_samples = num_samples
         self._rows = isqrt(num_samples - 1) + 1
         self._columns = -(-num_samples // self._rows)
         self._keys = [mix_seed(seed, _ORDER_STREAM, epoch, number) & _MASK_32 for number in range(_ROUNDS)]
 
-    def _read(self, start: int, stop: int) -> list[int]:
-        cells = self._scramble(torch.arange(start, stop, dtype=torch.int64, device="cpu"))
+    def __getitem__(self, positions: slice) -> list[int]:
+        places = torch.arange(*positions.indices(self.num_samples), dtype=torch.int64, device="cpu")
+        cells = self._scramble(places)
         while len(outside := (cells >= self.num_samples).nonzero()):
             cells[outside] = self._scramble(cells[outside])
         indices: list[int] = cells.tolist()
@@ -329,8 +305,3 @@ class DealtPlan(EpochPlan):
         limit_batches: int | None = None,
     ) -> None:
         super().__init__(num_batches, accumulate * ranks, 1, ranks, rank, drop_last, limit_batches)
-
-
-def evaluation_batches(num_batches: int, rank: int, ranks: int) -> range:
-    """The batches of one process that `rank` evaluates: batch i belongs to rank i mod ranks."""
-    return range(rank, num_batches, ranks)

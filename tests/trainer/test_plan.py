@@ -20,11 +20,9 @@ from paceline.trainer.plan import (
     Part,
     count_micro_batches,
     cut,
-    evaluation_batches,
     mix_seed,
     nearest_even,
     permutation,
-    sequential,
     told_of_cut,
 )
 
@@ -75,9 +73,7 @@ def test_one_bit_of_a_part_changes_about_half_of_the_seed(seed, part, bit):
 
 @given(st.integers(0, 500), SEEDS, st.integers(0, 1000))
 def test_an_order_holds_every_sample_once(num_samples, seed, epoch):
-    for order in (permutation(num_samples, seed, epoch), sequential(num_samples)):
-        assert len(order) == num_samples
-        assert sorted(order[:]) == list(range(num_samples))
+    assert sorted(permutation(num_samples, seed, epoch)[:]) == list(range(num_samples))
 
 
 @given(st.integers(1, 3000), SEEDS, st.integers(0, 1000))
@@ -125,7 +121,7 @@ FROZEN_HELD = [4, 0, 1, 2, 9, 3, 8, 7, 5, 6]
 
 def test_very_long_orders_are_computed_and_held_ones_are_ints():
     assert type(permutation(2**24 + 1, 0, 0)) is plan_module._Keyed
-    assert all(type(index) is int for index in permutation(10, 0, 0)[:] + keyed(10)[:] + sequential(10)[:])
+    assert all(type(index) is int for index in [*permutation(10, 0, 0)[:], *keyed(10)[:]])
 
 
 def test_orders_ignore_the_global_generator_and_the_default_device():
@@ -382,10 +378,3 @@ def test_a_short_window_of_dealt_batches_needs_only_the_forwards_it_has_batches_
     assert [part.start for part in plan.window(0)] == [1, 3, 5, 7]
     assert plan.window(1) == [Part(8, 9, 0)]
     assert plan.window_span(1) == range(8, 9)
-
-
-@given(st.integers(0, 50), RANKS)
-def test_evaluation_batches_are_dealt_in_turn_and_once(num_batches, ranks):
-    dealt = [evaluation_batches(num_batches, rank, ranks) for rank in range(ranks)]
-    assert sorted(batch for share in dealt for batch in share) == list(range(num_batches))
-    assert all(batch % ranks == rank for rank, share in enumerate(dealt) for batch in share)
