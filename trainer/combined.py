@@ -10,12 +10,13 @@ itself only in "sequential"; in the other modes the loader goes on beside one th
 from __future__ import annotations
 
 import difflib
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from copy import copy
+from functools import partial
 from itertools import count, islice
 from math import inf
 from typing import Any, Literal, TypeAlias, get_args
+
+from torch.utils import _pytree as pytree
 
 from ..errors import ConfigurationError
 from .loaders import length_of
@@ -49,11 +50,13 @@ class CombinedLoader:
             )
         self._iterables = iterables
         self._mode: Mode = mode
-        self._paths, self._loaders = _flatten(iterables, "iterables")
+        found, self._structure = pytree.tree_flatten_with_path(iterables)
+        self._paths = [f"iterables{pytree.keystr(path)}" for path, _ in found]
+        self._loaders = [loader for _, loader in found]
         self._limits: list[int | float] | None = None
         self._newest: _Batches | None = None
         for path, loader in zip(self._paths, self._loaders, strict=True):
-            if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+            if isinstance(loader, dict) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
                 raise ConfigurationError(
                     f"CombinedLoader cannot iterate over {path}, which is {loader!r:.80}. Its places hold loaders: "
                     "anything that `iter()` accepts but lists, tuples and dicts, which are the structure around them."
@@ -92,7 +95,7 @@ class CombinedLoader:
 
     def map(self, function: Callable[[Any], Any]) -> CombinedLoader:
         """A new `CombinedLoader` of `function(loader)` for each loader, with the same structure, mode and limits."""
-        mapped = CombinedLoader(_rebuild(self._iterables, map(function, self._loaders)), self._mode)
+        mapped = CombinedLoader(self._structure.unflatten(map(function, self._loaders)), self._mode)
         mapped.limits = self._limits
         return mapped
 
@@ -111,7 +114,7 @@ class CombinedLoader:
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         # The generator must not refer to this object: a cycle would keep workers alive until garbage is collected.
-        self._newest = _batches(self._iterables, self._loaders, self._mode, self._bounds())
+        self._newest = _batches(self._structure, self._loaders, self._mode, self._bounds())
         return self._newest
 
     def __next__(self) -> tuple[Any, int, int]:
@@ -131,12 +134,12 @@ class CombinedLoader:
         return [inf] * len(self._loaders) if self._limits is None else self._limits
 
 
-def _batches(iterables: Any, loaders: list[Any], mode: Mode, limits: _Limits) -> _Batches:
+def _batches(structure: pytree.TreeSpec, loaders: list[Any], mode: Mode, limits: _Limits) -> _Batches:
     if mode == "sequential":
         yield from _sequential(loaders, limits)
     elif loaders:
         for batch_idx, row in enumerate(_ROWS[mode](loaders, limits)):
-            yield _rebuild(iterables, iter(row)), batch_idx, 0
+            yield structure.unflatten(row), batch_idx, 0
 
 
 def _sequential(loaders: list[Any], limits: _Limits) -> _Batches:
@@ -150,18 +153,7 @@ def _min_size(loaders: list[Any], limits: _Limits) -> Iterator[Sequence[Any]]:
     return islice(zip(*loaders, strict=False), _stop(min(limits)))
 
 
-def _max_size(loaders: list[Any], limits: _Limits) -> Iterator[Sequence[Any]]:
-    iterators = [iter(loader) for loader in loaders]
-    for row in count():
-        if row >= max(limits):
-            return
-        batches = [next(iterator, _ENDED) for iterator in iterators]
-        if not any(batch is not _ENDED and row < limit for batch, limit in zip(batches, limits, strict=True)):
-            return
-        yield [None if batch is _ENDED else batch for batch in batches]
-
-
-def _max_size_cycle(loaders: list[Any], limits: _Limits) -> Iterator[Sequence[Any]]:
+def _max_size(loaders: list[Any], limits: _Limits, cycle: bool) -> Iterator[Sequence[Any]]:
     iterators = [iter(loader) for loader in loaders]
     in_first_pass = [True] * len(loaders)
     for row in count():
@@ -173,8 +165,9 @@ def _max_size_cycle(loaders: list[Any], limits: _Limits) -> Iterator[Sequence[An
             return
         for number, batch in enumerate(batches):
             if batch is _ENDED:
-                iterators[number] = iter(loaders[number])
-                batches[number] = _first_batch(iterators[number], loaders[number])
+                if cycle:
+                    iterators[number] = iter(loaders[number])
+                batches[number] = _first_batch(iterators[number], loaders[number]) if cycle else None
         yield batches
 
 
@@ -190,8 +183,8 @@ def _first_batch(iterator: Iterator[Any], loader: Any) -> Any:
 
 _ROWS: dict[str, Callable[[list[Any], _Limits], Iterator[Sequence[Any]]]] = {
     "min_size": _min_size,
-    "max_size_cycle": _max_size_cycle,
-    "max_size": _max_size,
+    "max_size_cycle": partial(_max_size, cycle=True),
+    "max_size": partial(_max_size, cycle=False),
 }
 _COMBINED_LENGTH: dict[str, Callable[[list[int | float]], int | float]] = {
     "min_size": min,
@@ -203,33 +196,3 @@ _COMBINED_LENGTH: dict[str, Callable[[list[int | float]], int | float]] = {
 
 def _stop(limit: float) -> int | None:
     return None if limit == inf else int(limit)
-
-
-def _flatten(tree: Any, path: str) -> tuple[list[str], list[Any]]:
-    """The loaders of a collection with, for messages, where each one is."""
-    if isinstance(tree, dict):
-        children = list(tree.items())
-    elif _is_sequence(tree):
-        children = list(enumerate(tree))
-    else:
-        return [path], [tree]
-    flat = [_flatten(child, f"{path}[{key!r}]") for key, child in children]
-    return [path for paths, _ in flat for path in paths], [loader for _, loaders in flat for loader in loaders]
-
-
-def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
-    """The collection `tree` with the next of `leaves` in each loader's place."""
-    if isinstance(tree, dict):
-        rebuilt = copy(tree)  # keeps an OrderedDict or a defaultdict what it is
-        for key, child in tree.items():
-            rebuilt[key] = _rebuild(child, leaves)
-        return rebuilt
-    if not _is_sequence(tree):
-        return next(leaves)
-    children = [_rebuild(child, leaves) for child in tree]
-    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
-
-
-def _is_sequence(tree: Any) -> bool:
-    """Whether it is a plain list, tuple, deque or a named tuple; a subclass may well be a loader."""
-    return type(tree) in (list, tuple, deque) or (isinstance(tree, tuple) and hasattr(tree, "_fields"))
