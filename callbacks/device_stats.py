@@ -35,12 +35,12 @@ class DeviceStatsMonitor(Callback):
         if self._cpu_stats or (self._cpu_stats is None and trainer.strategy.device.type == "cpu"):
             self._psutil = _import_psutil()
 
-    def _log(self, trainer: Trainer, hook: str) -> None:
+    def _log(self, trainer: Trainer) -> None:
         device = trainer.strategy.device
         stats = {} if device.type == "cpu" else device_stats(device)
         if self._psutil is not None:
             stats |= cpu_stats(self._psutil)
-        named = {f"{type(self).__name__}.{hook}/{name}": value for name, value in stats.items()}
+        named = {f"{type(self).__name__}.{trainer.metrics.hook}/{name}": value for name, value in stats.items()}
         if trainer.state.fn == "fit":
             self.log_dict(named, batch_size=1, reduce_fx="max")
             return
@@ -50,37 +50,29 @@ class DeviceStatsMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         self._logs_end = logs_this_update(trainer)
         if self._logs_end:
-            self._log(trainer, "on_train_batch_start")
+            self._log(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._logs_end:
-            self._log(trainer, "on_train_batch_end")
+            self._log(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._log_evaluation(trainer, "on_validation_batch_start", batch_idx)
+        self._log_evaluation(trainer, batch_idx)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._log_evaluation(trainer, "on_validation_batch_end", batch_idx)
+        self._log_evaluation(trainer, batch_idx)
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._log_evaluation(trainer, "on_test_batch_start", batch_idx)
+    on_test_batch_start, on_test_batch_end = on_validation_batch_start, on_validation_batch_end
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._log_evaluation(trainer, "on_test_batch_end", batch_idx)
-
-    def _log_evaluation(self, trainer: Trainer, hook: str, batch_idx: int) -> None:
+    def _log_evaluation(self, trainer: Trainer, batch_idx: int) -> None:
         """Of every rank's first batch, and of some later ones: inside `fit` the largest, else those of rank 0."""
         number = batch_idx // trainer.world_size
         if number % trainer.log_every_n_steps == 0 and not trainer.sanity_checking:
-            self._log(trainer, hook)
+            self._log(trainer)
 
 
 def device_stats(device: torch.device) -> dict[str, float]:

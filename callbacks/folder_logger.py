@@ -10,7 +10,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..trainer.argument_types import checked_types
-from .log_file import join, list_folder
+from ..trainer.checkpoint.run_folder import next_version
+from .log_file import join
 from .logger import Logger
 
 if TYPE_CHECKING:
@@ -93,9 +94,3 @@ def run_version(folder: str | None) -> int | str | None:
     name = re.split(r"[/\\]", folder.rstrip("/\\"))[-1]
     match = _VERSION.fullmatch(name)
     return int(match.group(1)) if match else name
-
-
-def next_version(root: str) -> int:
-    """One more than the greatest N of the `version_N` in `root`."""
-    numbers = [int(match.group(1)) for name in list_folder(root) if (match := _VERSION.fullmatch(name))]
-    return max(numbers, default=-1) + 1

@@ -88,17 +88,6 @@ def read_text(path: str) -> str | None:
         return None
 
 
-def list_folder(path: str) -> list[str]:
-    """The names in a folder; none where there is no such folder."""
-    try:
-        if is_url(path):
-            file_system, place = _file_system(path)
-            return [str(name).rstrip("/").rpartition("/")[2] for name in file_system.ls(place, detail=False)]
-        return os.listdir(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def _file_system(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 

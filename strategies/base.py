@@ -19,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigurationError, LaunchError
+from ..errors import ConfigurationError, LaunchError, PacelineError
 from .channel import Channel
 from .cluster import Cluster, rendezvous_environment
 from .precision import Precision, parse_precision
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {}
 _S = TypeVar("_S", bound="type[Strategy]")
+_T = TypeVar("_T")
 _Step = Callable[..., Any]
 _SECONDS_TO_LET_GO = 0.2
 
@@ -296,6 +297,19 @@ class Strategy:
         held = [obj]
         dist.broadcast_object_list(held, src)
         return held[0]
+
+    def from_rank_zero(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns on rank 0, on every rank; a PacelineError that it raises there is raised on all."""
+        outcome: Any = None
+        if self.is_global_zero:
+            try:
+                outcome = work()
+            except PacelineError as error:
+                outcome = error
+        outcome = self.broadcast_object(outcome)
+        if isinstance(outcome, PacelineError):
+            raise outcome
+        return outcome  # type: ignore[no-any-return]
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """The picklable objects of all ranks, by rank."""

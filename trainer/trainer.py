@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .. import callbacks as builtin
 from ..callbacks.silent_logger import SilentLogger
-from ..errors import CheckpointError, ConfigurationError, Suspended
+from ..errors import ConfigurationError, Suspended
 from ..strategies import ddp as _ddp  # noqa: F401  registers its names
 from ..strategies import fsdp as _fsdp  # noqa: F401
 from ..strategies import hsdp as _hsdp  # noqa: F401
@@ -330,17 +330,13 @@ class Trainer(TrainerProperties):
 
     def claim_run_folder(self) -> None:
         """The first call that will write takes the next free `version_N`; all ranks know it, and `fit` holds it."""
-        outcome: str | CheckpointError = ""
-        if self.is_global_zero:
-            try:
-                outcome = self.run_folder or claim_version_folder(self.default_root_dir)
-                self._folder_lock = FolderLock(outcome) if self.state.fn is TrainerFn.FITTING else None
-            except CheckpointError as error:
-                outcome = error
-        outcome = self.strategy.broadcast_object(outcome)
-        if isinstance(outcome, CheckpointError):
-            raise outcome
-        self.run_folder = outcome
+
+        def claim() -> str:
+            folder = self.run_folder or claim_version_folder(self.default_root_dir)
+            self._folder_lock = FolderLock(folder) if self.state.fn is TrainerFn.FITTING else None
+            return folder
+
+        self.run_folder = self.strategy.from_rank_zero(claim)
 
     def release_run_folder(self) -> None:
         """The call has ended: another process may go on in its folder."""

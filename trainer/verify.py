@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from .callback import Callback
-from .checkpoint.encode import encode
+from .checkpoint.inspect import leaves
 from .rng import isolated, seed_generators
 
 if TYPE_CHECKING:
@@ -153,20 +153,7 @@ def _state(trainer: Trainer) -> Iterator[tuple[str, str]]:
     parts = [(key, value) for key, value in collect(trainer, weights_only=False).items() if key not in _NOISE]
     parts += [(f"callbacks.{type(callback).__name__}", callback.state_dict()) for callback in trainer.callbacks]
     for name, value in parts:
-        tree, tensors = encode(value, name)
-        yield from ((place, digest(tensor)) for place, tensor in tensors.items())
-        yield from _leaves(tree, name)
-
-
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(tree, dict):
-        for key, item in tree.items():
-            yield from _leaves(item, f"{path}.{key}")
-    elif isinstance(tree, list) and len(tree) <= 64:
-        for index, item in enumerate(tree):
-            yield from _leaves(item, f"{path}[{index}]")
-    else:
-        yield path, repr(tree)
+        yield from ((place, digest(leaf)) for place, leaf in leaves(value, name))
 
 
 def digest(value: Any) -> str:

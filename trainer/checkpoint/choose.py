@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from ..rank_zero import rank_zero_warn
@@ -37,16 +37,7 @@ def choose(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None) -> str | 
     """The checkpoint's path, agreed by all ranks; None to start afresh. Raises CheckpointError on every rank."""
     if ckpt_path is None:
         return None
-    outcome: Any = None
-    if trainer.is_global_zero:
-        try:
-            outcome = _choose(trainer, ckpt_path)
-        except CheckpointError as error:
-            outcome = error
-    outcome = trainer.strategy.broadcast_object(outcome)
-    if isinstance(outcome, CheckpointError):
-        raise outcome
-    return None if outcome is None else str(outcome)
+    return trainer.strategy.from_rank_zero(lambda: _choose(trainer, ckpt_path))
 
 
 def _choose(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> str | None:

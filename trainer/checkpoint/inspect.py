@@ -125,7 +125,7 @@ def differences(one: str, other: str) -> list[Difference]:
     left, right = load(one), load(other)
     found = []
     for part in _PARTS:
-        found += list(_differences_of(part, dict(_leaves(getattr(left, part))), dict(_leaves(getattr(right, part)))))
+        found += list(_differences_of(part, dict(leaves(getattr(left, part))), dict(leaves(getattr(right, part)))))
     return found
 
 
@@ -158,14 +158,14 @@ def _largest(a: Tensor, b: Tensor) -> float | None:
     return float((a.to(wide) - b.to(wide)).abs().max())
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The values of a tree by their path."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, (list, tuple)) and any(isinstance(item, (dict, list, tuple, Tensor)) for item in value):
         for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}[{index}]")
+            yield from leaves(item, f"{path}[{index}]")
     elif hasattr(value, "dtype") and not isinstance(value, Tensor):
         yield path, torch.as_tensor(value)
     else:

@@ -56,7 +56,7 @@ class FolderLock:
 def claim_version_folder(root: str) -> str:
     """Make and return the next free `version_N` of `root` (a path or a URL); called on one rank."""
     storage, place = storage_of(root)
-    number = max(_taken(storage, place), default=-1) + 1
+    number = next_version(root)
     while True:
         folder = storage.join(place, f"{_PREFIX}{number}")
         if not isinstance(storage, Disk):
@@ -68,6 +68,11 @@ def claim_version_folder(root: str) -> str:
             number += 1
             continue
         return folder
+
+
+def next_version(root: str) -> int:
+    """One more than the greatest N of the `version_N` in `root`, which need not exist."""
+    return max(_taken(*storage_of(root)), default=-1) + 1
 
 
 def version_folders(root: str) -> list[str]:

@@ -106,27 +106,24 @@ def storage_of(path: str | os.PathLike[str]) -> tuple[Storage, str]:
     return ObjectStore(text), text.rstrip("/")
 
 
-class Disk:
+class Disk(Storage):
     """Local and mounted file systems."""
 
     def join(self, folder: str, *names: str) -> str:
-        """See Storage."""
         return os.path.join(folder, *names)
 
     def split(self, path: str) -> tuple[str, str]:
-        """See Storage."""
         return os.path.split(path)
 
     def exists(self, path: str) -> bool:
-        """See Storage; a dangling link exists too."""
+        """A dangling link exists too."""
         return os.path.lexists(path)
 
     def is_file(self, path: str) -> bool:
-        """See Storage."""
         return os.path.isfile(path)
 
     def list(self, folder: str) -> dict[str, int | None]:
-        """See Storage; links count as no plain files, since they may lead out of the folder."""
+        """Links count as no plain files, since they may lead out of the folder."""
         found: dict[str, int | None] = {}
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -136,11 +133,10 @@ class Disk:
         return found
 
     def open(self, path: str) -> IO[bytes]:
-        """See Storage."""
         return open(path, "rb", buffering=0)
 
     def make_folder(self, path: str) -> None:
-        """See Storage; the names of new folders are durable."""
+        """The names of new folders are durable."""
         if os.path.isdir(path):
             return
         parent = os.path.dirname(path)
@@ -155,11 +151,10 @@ class Disk:
         os.mkdir(path)
 
     def create(self, path: str, data: bytes) -> None:
-        """See Storage."""
         self.write(path, [memoryview(data)])
 
     def write(self, path: str, pieces: Iterable[memoryview]) -> None:
-        """See Storage. The disk starts to write while later pieces are still being made."""
+        """The disk starts to write while later pieces are still being made."""
         changing("create", path)
         with open(path, "xb") as file, _early_sync(file.fileno()) as written:
             for piece in pieces:
@@ -171,7 +166,6 @@ class Disk:
             os.fsync(file.fileno())
 
     def replace(self, path: str, data: bytes, temporary: str) -> None:
-        """See Storage."""
         try:
             self.write(temporary, [memoryview(data)])
             changing("rename", path)
@@ -188,7 +182,6 @@ class Disk:
         os.rename(old, new)
 
     def remove(self, path: str) -> None:
-        """See Storage."""
         changing("remove", path)
         if os.path.isdir(path) and not os.path.islink(path):
             os.rmdir(path)
@@ -196,7 +189,6 @@ class Disk:
             os.unlink(path)
 
     def sync(self, folder: str) -> None:
-        """See Storage."""
         changing("sync", folder)
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -240,7 +232,7 @@ class _ObjectFile(io.RawIOBase):
         return int(self._file.readinto(buffer))
 
 
-class ObjectStore:
+class ObjectStore(Storage):
     """Whatever fsspec reaches by a URL; folders are only prefixes of names there, and cannot be renamed."""
 
     def __init__(self, url: str) -> None:
@@ -252,29 +244,24 @@ class ObjectStore:
             raise CheckpointError(f"{url} cannot be reached: {error}.") from error
 
     def join(self, folder: str, *names: str) -> str:
-        """See Storage."""
         return "/".join((folder, *names))
 
     def split(self, path: str) -> tuple[str, str]:
-        """See Storage."""
         folder, _, name = path.rpartition("/")
         return folder, name
 
     @_library_errors()
     def exists(self, path: str) -> bool:
-        """See Storage."""
         self._fs.invalidate_cache()  # stores keep listings that other processes have made stale
         return bool(self._fs.exists(path))
 
     @_library_errors()
     def is_file(self, path: str) -> bool:
-        """See Storage."""
         self._fs.invalidate_cache()
         return bool(self._fs.isfile(path))
 
     @_library_errors()
     def list(self, folder: str) -> dict[str, int | None]:
-        """See Storage."""
         self._fs.invalidate_cache()
         place = self._fs._strip_protocol(folder).rstrip("/")
         found = {entry["name"].rstrip("/"): entry for entry in self._fs.ls(folder, detail=True)}
@@ -286,15 +273,15 @@ class ObjectStore:
 
     @_library_errors()
     def open(self, path: str) -> IO[bytes]:
-        """See Storage; reads are large and in order, so that nothing is read ahead."""
+        """Reads are large and in order, so that nothing is read ahead."""
         return _ObjectFile(self._fs.open(path, "rb", cache_type="none"))  # type: ignore[return-value]
 
     def make_folder(self, path: str) -> None:
-        """See Storage: nothing to do."""
+        """Nothing to do."""
 
     @_library_errors()
     def create(self, path: str, data: bytes) -> None:
-        """See Storage; one PUT. One that is repeated because its answer was lost finds itself: the file is there."""
+        """One PUT. One that is repeated because its answer was lost finds itself: the file is there."""
         changing("put", path)
         try:
             self._fs.pipe_file(path, data, mode="create")
@@ -305,7 +292,7 @@ class ObjectStore:
 
     @_library_errors()
     def write(self, path: str, pieces: Iterable[memoryview]) -> None:
-        """See Storage. A file cut off by an error may stay; nothing names it."""
+        """A file cut off by an error may stay; nothing names it."""
         changing("create", path)
         with self._fs.open(path, "wb") as file:
             for piece in pieces:
@@ -314,19 +301,19 @@ class ObjectStore:
 
     @_library_errors()
     def replace(self, path: str, data: bytes, temporary: str) -> None:
-        """See Storage; one PUT."""
+        """One PUT."""
         changing("put", path)
         self._fs.pipe_file(path, data)
 
     @_library_errors()
     def remove(self, path: str) -> None:
-        """See Storage; a folder ends with its last file."""
+        """A folder ends with its last file."""
         changing("remove", path)
         if self._fs.isfile(path):
             self._fs.rm_file(path)
 
     def sync(self, folder: str) -> None:
-        """See Storage: a PUT that returned is durable."""
+        """A PUT that returned is durable."""
 
 
 def remove_folder(storage: Storage, folder: str, first: str = "") -> None:

@@ -78,14 +78,10 @@ def stored_names(request: WeightsRequest) -> set[str]:
 
 
 def _fill_whole(files: Files, name: str, record: TensorRecord, target: Tensor, strategy: Strategy) -> None:
-    problem: Exception | None = None
-    if strategy.rank == 0:
-        try:
-            target.copy_(files.read_box(name, record))
-        except (CheckpointError, OSError) as error:
-            problem = error
-    if problem := strategy.broadcast_object(problem):
-        raise problem
+    def fill() -> None:
+        target.copy_(files.read_box(name, record))
+
+    strategy.from_rank_zero(fill)
     values = target.contiguous()
     strategy.broadcast(values)
     target.copy_(values)
