@@ -62,9 +62,8 @@ def _imports_for_type_checkers(module: Any) -> tuple[dict[str, tuple[str, str]],
 def _unknown_name(module_name: str, name: str, known: list[str]) -> AttributeError:
     message = f"module '{module_name}' has no attribute '{name}'"
     if not name.startswith("_"):  # tools probe modules for private names: no search for those
-        from difflib import get_close_matches
+        from .errors import did_you_mean
 
-        nearest = get_close_matches(name, known, n=1)
-        message += f". Did you mean '{nearest[0]}'?" if nearest else f". It has: {', '.join(sorted(known))}."
+        message += f". {did_you_mean(name, sorted(known), 'It has')}"
     # Without a context of our own the interpreter adds its own "Did you mean" to the printed traceback.
     return AttributeError(message, name=name, obj=None)

@@ -40,10 +40,13 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is nothing at the path of a checkpoint."""
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of an error's text: the name in `known` that `name` is near to; else `otherwise` and all of them."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of an error's text: the name in `known` that `name` is near to; else `otherwise` and all of them.
+
+    Without `otherwise` it is the nearest, however far that is.
+    """
     from difflib import get_close_matches  # here, so that what raises nothing imports nothing
 
     known = list(known)
-    nearest = get_close_matches(name, known, n=1)
+    nearest = get_close_matches(name, known, 1, 0.6 if otherwise else 0.0)
     return f"Did you mean {nearest[0]!r}?" if nearest else f"{otherwise}: {', '.join(known) or 'none'}."

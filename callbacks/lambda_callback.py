@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConfigurationError, UnknownArgumentError
+from ..errors import ConfigurationError, UnknownArgumentError, did_you_mean
 from ..trainer.callback import Callback
 
 #: The hooks that may be given: every hook of `Callback`.
@@ -22,8 +21,8 @@ class LambdaCallback(Callback):
     def __init__(self, **hooks: Callable[..., Any] | None) -> None:
         for name, function in hooks.items():
             if name not in HOOKS:
-                near = difflib.get_close_matches(name, HOOKS, 1, 0.0)[0]
-                raise UnknownArgumentError(f"LambdaCallback({name}=...): there is no such hook. Did you mean {near}?")
+                near = did_you_mean(name, HOOKS)
+                raise UnknownArgumentError(f"LambdaCallback({name}=...): there is no such hook. {near}")
             if function is None:
                 continue
             if not callable(function):

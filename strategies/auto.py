@@ -6,14 +6,13 @@ number of ranks until the model is known; then `by_size` chooses by what a rank 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, did_you_mean
 from .base import STRATEGIES, Strategy
 from .cluster import Cluster
 from .estimate import Sizes, pick
@@ -96,8 +95,8 @@ def _accelerator_kind(accelerator: str) -> str:
                 "'cpu'."
             )
         return present.type
-    near = difflib.get_close_matches(accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "xpu"], 1, 0)
-    raise ConfigurationError(f"accelerator={accelerator!r} is not known. Did you mean {near[0]!r}?")
+    near = did_you_mean(accelerator, ["auto", "cpu", "gpu", "cuda", "mps", "xpu"])
+    raise ConfigurationError(f"accelerator={accelerator!r} is not known. {near}")
 
 
 def _device_count(kind: str) -> int | None:
@@ -180,9 +179,9 @@ def _strategy(strategy: str | Strategy, world_size: int) -> tuple[Strategy, str]
         name = "ddp" if world_size > 1 else "single"
         return STRATEGIES[name](), "one process" if world_size == 1 else "several ranks, the model fits each"
     if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(str(strategy).lower(), [*STRATEGIES, "auto"], 1, 0)
+        near = did_you_mean(str(strategy).lower(), [*STRATEGIES, "auto"])
         raise ConfigurationError(
-            f"strategy={strategy!r} is not known. Did you mean {near[0]!r}? There are 'auto', "
+            f"strategy={strategy!r} is not known. {near} There are 'auto', "
             f"{', '.join(map(repr, STRATEGIES))}, and any Strategy object."
         )
     return STRATEGIES[strategy](), "asked for"

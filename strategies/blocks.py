@@ -7,13 +7,12 @@ class or a name. Nothing here communicates.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, did_you_mean
 
 #: A repeated layer with more than this share of all parameters is looked into for smaller repeated ones.
 _LARGE = 0.25
@@ -45,8 +44,7 @@ def named_blocks(model: nn.Module, wanted: Sequence[type[nn.Module] | str]) -> l
         if not parts:
             name = item if isinstance(item, str) else item.__name__
             classes = sorted({type(m).__name__ for m in model.modules() if m is not model})
-            near = difflib.get_close_matches(name, classes, 1)
-            advice = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(classes)}."
+            advice = did_you_mean(name, classes, "It has")
             raise ConfigurationError(f"blocks names {name!r}, but {type(model).__name__} has no such layer. {advice}")
         for part in parts:
             found += part.children() if isinstance(part, (nn.ModuleList, nn.ModuleDict)) else [part]

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "paceline.strategies": {"paceline.strategies", "paceline.errors", "paceline._lazy"},
     "paceline.trainer": {"paceline.trainer", "paceline.errors", "paceline._lazy", "paceline.__version__"},
     "paceline.callbacks": {"paceline.callbacks", "paceline.trainer", "paceline.errors", "paceline._lazy"},
-    "paceline": {"paceline._lazy"},
+    "paceline": {"paceline._lazy", "paceline.errors"},
 }
 EDGE = "paceline.trainer.trainer"  # the one module that knows both sides
 

@@ -6,7 +6,6 @@ what was wrong with its value and what to write instead.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -17,7 +16,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeGuard
 
-from ..errors import ConfigurationError, UnknownArgumentError, WrongTypeError
+from ..errors import ConfigurationError, UnknownArgumentError, WrongTypeError, did_you_mean
 from .argument_types import check_types, kinds_of
 from .hooks import overridden
 from .module import Module
@@ -116,9 +115,8 @@ def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
         if name in REMOVED_ARGUMENTS:
             instead = REMOVED_ARGUMENTS[name].format(value=value)
             raise UnknownArgumentError(f"Trainer({name}={value!r}) is not an argument (any more). Write {instead}.")
-        near = difflib.get_close_matches(name, list(known), 1, 0)
         raise UnknownArgumentError(
-            f"Trainer({name}={value!r}): there is no argument {name!r}. Did you mean {near[0]!r}?"
+            f"Trainer({name}={value!r}): there is no argument {name!r}. {did_you_mean(name, known)}"
         )
 
 

@@ -9,7 +9,6 @@ itself only in "sequential"; in the other modes the loader goes on beside one th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
@@ -18,7 +17,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch.utils import _pytree as pytree
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, did_you_mean
 from .loaders import length_of
 
 Mode: TypeAlias = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
@@ -44,10 +43,7 @@ class CombinedLoader:
 
     def __init__(self, iterables: Any, mode: Mode = "min_size") -> None:
         if mode not in _MODES:
-            nearest = difflib.get_close_matches(str(mode), _MODES, n=1, cutoff=0.0)[0]
-            raise ConfigurationError(
-                f"CombinedLoader has no mode={mode!r}; the nearest is {nearest!r} of {', '.join(_MODES)}."
-            )
+            raise ConfigurationError(f"CombinedLoader has no mode={mode!r}. {did_you_mean(str(mode), _MODES)}")
         self._iterables = iterables
         self._mode: Mode = mode
         found, self._structure = pytree.tree_flatten_with_path(iterables)

@@ -52,9 +52,9 @@ def test_functions_get_the_arguments_of_the_hook() -> None:
 
 
 def test_an_unknown_hook_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(UnknownArgumentError, match="Did you mean on_train_epoch_end"):
+    with pytest.raises(UnknownArgumentError, match="Did you mean 'on_train_epoch_end'"):
         LambdaCallback(on_train_epoch_ends=print)
-    with pytest.raises(TypeError, match="Did you mean on_train_batch_start"):
+    with pytest.raises(TypeError, match="Did you mean 'on_train_batch_start'"):
         LambdaCallback(on_train_bacth_start=print)
     with pytest.raises(UnknownArgumentError, match="state_dict"):
         LambdaCallback(state_dict=dict)

@@ -356,7 +356,7 @@ def test_reset_ends_the_iteration():
     ("mode", "nearest"), [("max", "max_size"), ("min-size", "min_size"), ("sequence", "sequential")]
 )
 def test_an_unknown_mode_is_refused_with_the_nearest(mode, nearest):
-    with pytest.raises(ConfigurationError, match=f"no mode='{mode}'; the nearest is '{nearest}'"):
+    with pytest.raises(ConfigurationError, match=rf"no mode='{mode}'\. Did you mean '{nearest}'"):
         CombinedLoader([], mode)
 
 
