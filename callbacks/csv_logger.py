@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
+from ..trainer.arguments import check_count
 from ..trainer.rank_zero import rank_zero_only
 from .cut_on_resume import CutOnResume
 from .folder_logger import FolderLogger
@@ -35,9 +35,7 @@ class CSVLogger(CutOnResume, FolderLogger):
         flush_logs_every_n_steps: int = 100,
     ) -> None:
         super().__init__(save_dir, name, version, prefix)
-        if flush_logs_every_n_steps < 1:
-            raise ConfigurationError(f"flush_logs_every_n_steps={flush_logs_every_n_steps}: use 1 or more.")
-        self._flush_every = flush_logs_every_n_steps
+        self._flush_every = check_count("flush_logs_every_n_steps", flush_logs_every_n_steps)
         self._writer: CSVWriter | None = None
         self._last_flush = 0
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
 from ..trainer.state import TrainerFn
 
@@ -26,11 +27,8 @@ class GradientAccumulationScheduler(Callback):
         if not scheduling or not isinstance(scheduling, Mapping):
             raise ConfigurationError(f"scheduling={scheduling!r}: give epochs and factors, as in {{0: 8, 4: 4}}.")
         for epoch, factor in scheduling.items():
-            if not _is_count(epoch, 0) or not _is_count(factor, 1):
-                raise ConfigurationError(
-                    f"scheduling has {epoch!r}: {factor!r}, expected an epoch (an int from 0) and a number of "
-                    "micro-batches (an int from 1)."
-                )
+            check_count("scheduling: epoch", epoch, 0)
+            check_count("scheduling: micro-batches", factor)
         self.scheduling = {0: 1, **scheduling}
         self.epochs = sorted(self.scheduling)
         self._factor = self.scheduling[0]
@@ -80,7 +78,3 @@ class GradientAccumulationScheduler(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._factor = state_dict["factor"]
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
+from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
 from ..trainer.metric_objects import modes_kept
 from ..trainer.prefetch import move
@@ -35,8 +35,7 @@ class ModelSummary(Callback):
 
     @checked_types
     def __init__(self, max_depth: int = 1) -> None:
-        _check_depth(max_depth)
-        self._max_depth = max_depth
+        self._max_depth = check_count("max_depth", max_depth, 0, (-1,))
 
     def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
         if self._max_depth == 0 or not (trainer.is_global_zero or trainer.strategy.sharded):
@@ -155,7 +154,7 @@ def summarize(module: nn.Module, max_depth: int = 1) -> Summary:
 
     Raises ConfigurationError for another depth, and whatever the forward pass of the example raises.
     """
-    _check_depth(max_depth)
+    check_count("max_depth", max_depth, 0, (-1,))
     found = list(_layers(module, max_depth))
     rows = [
         Layer(name, type(layer).__name__, _count(layer.parameters()), layer.training, _UNKNOWN, _UNKNOWN)
@@ -202,11 +201,6 @@ def human_count(number: int) -> str:
         if number >= size:
             return f"{number / size:,.1f} {unit}"
     return str(number)
-
-
-def _check_depth(max_depth: Any) -> None:
-    if not isinstance(max_depth, int) or isinstance(max_depth, bool) or max_depth < -1:
-        raise ConfigurationError(f"max_depth={max_depth!r}: use -1 for all layers, 0 for none, or a depth from 1.")
 
 
 def _layers(module: nn.Module, max_depth: int) -> Iterator[tuple[str, nn.Module]]:

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
+from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ class ProgressBar(Callback):
 
     @checked_types
     def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
-        if refresh_rate < 0:
-            raise ConfigurationError(f"refresh_rate={refresh_rate}: use 0 for no bar, or draw every that many batches.")
-        self._refresh_rate = refresh_rate
+        self._refresh_rate: int = check_count("refresh_rate", refresh_rate, 0)
         self._enabled = refresh_rate > 0
         self._leave = leave  # the bar of an epoch stays on the screen when the next one begins
         self._epoch_drawn = ""

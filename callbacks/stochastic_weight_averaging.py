@@ -19,6 +19,7 @@ from torch.optim.swa_utils import SWALR
 
 from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
+from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
 from ..trainer.hooks import without_missing
 from ..trainer.metric_objects import modes_kept, untouched
@@ -51,10 +52,10 @@ class StochasticWeightAveraging(Callback):
         avg_fn: AverageFunction | None = None,
         device: torch.device | str | None = "cpu",
     ) -> None:
-        _check_arguments(swa_lrs, swa_epoch_start, annealing_epochs, annealing_strategy, avg_fn)
+        _check_arguments(swa_lrs, swa_epoch_start, annealing_strategy, avg_fn)
         self._swa_lrs = swa_lrs
         self._swa_epoch_start = swa_epoch_start
-        self._annealing_epochs = annealing_epochs
+        self._annealing_epochs = check_count("annealing_epochs", annealing_epochs, 0)
         self._annealing_strategy: Literal["cos", "linear"] = annealing_strategy
         self._avg_fn = avg_fn
         self._device = None if device is None else torch.device(device)
@@ -206,9 +207,7 @@ def _average_over_ranks(trainer: Trainer, layer: _BatchNorm) -> None:
         statistic.div_(count.clamp(min=1))
 
 
-def _check_arguments(
-    swa_lrs: Any, swa_epoch_start: Any, annealing_epochs: Any, annealing_strategy: Any, avg_fn: Any
-) -> None:
+def _check_arguments(swa_lrs: Any, swa_epoch_start: Any, annealing_strategy: Any, avg_fn: Any) -> None:
     rates = list(swa_lrs) if isinstance(swa_lrs, (list, tuple)) else [swa_lrs]
     if not rates or not all(isinstance(r, (int, float)) and not isinstance(r, bool) and r > 0 for r in rates):
         raise ConfigurationError(f"swa_lrs={swa_lrs!r}: expected a positive number, or a list of them.")
@@ -219,8 +218,6 @@ def _check_arguments(
             f"swa_epoch_start={swa_epoch_start!r}: expected an epoch (an int from 1) or a share of them (a float from "
             "0 to 1)."
         )
-    if not isinstance(annealing_epochs, int) or annealing_epochs < 0:
-        raise ConfigurationError(f"annealing_epochs={annealing_epochs!r}: expected a whole number of at least 0.")
     if annealing_strategy not in ("cos", "linear"):
         raise ConfigurationError(f"annealing_strategy={annealing_strategy!r}: use 'cos' or 'linear'.")
     if avg_fn is not None and not callable(avg_fn):

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
+from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
 from ..trainer.loaders import batch_size_of
 
@@ -60,13 +60,11 @@ class ThroughputMonitor(Callback):
         window_size: int = 100,
         separator: str = "/",
     ) -> None:
-        if window_size < 1:
-            raise ConfigurationError(f"ThroughputMonitor(window_size={window_size!r}): expected a number from 1.")
         self.batch_size_fn = batch_size_fn or (lambda batch: batch_size_of(batch) or 1)
         self.length_fn = length_fn
         self.available_flops = available_flops
         self.separator = separator
-        self._window: deque[Work] = deque(maxlen=window_size + 1)
+        self._window: deque[Work] = deque(maxlen=check_count("window_size", window_size) + 1)
         self._work, self._evaluation = Work(), Work()
         self._began = self._evaluation_began = 0.0
         self._seen_step = 0

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
+from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
 from ..trainer.state import TrainerFn
 from .averaged_weights import AveragedWeights, AverageFunction, MultiAverageFunction
@@ -190,11 +191,9 @@ class EMAWeightAveraging(WeightAveraging):
     ) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ConfigurationError(f"decay={decay!r}: expected a number from 0 to 1, usually close to 1.")
-        if update_every_n_steps < 0:
-            raise ConfigurationError(f"update_every_n_steps={update_every_n_steps!r}: expected 0 or more.")
         super().__init__(device, use_buffers, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.decay = decay
-        self.update_every_n_steps = update_every_n_steps
+        self.update_every_n_steps: int = check_count("update_every_n_steps", update_every_n_steps, 0)
         self.update_starting_at_step = update_starting_at_step
         self.update_starting_at_epoch = update_starting_at_epoch
 
