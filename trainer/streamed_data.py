@@ -90,6 +90,14 @@ class StreamedData:
             return length_of_stream(self.loader, self._drop_last)
         return None
 
+    def _own_length(self) -> int | float:
+        """Batches that this rank has itself, at most the `_length` that is the same on all; infinity if not planned."""
+        if not self._planned:
+            return math.inf
+        if isinstance(self.loader, CombinedLoader):
+            return len(self.loader.map(lambda leaf: range(leaf.own)))
+        return int(self.loader.own)
+
     # --- resuming ----------------------------------------------------------------------------------------------
     def facts(self) -> dict[str, Any]:
         """What a resumed run must keep: see `adopt`."""
@@ -164,7 +172,9 @@ class StreamedData:
             self._position.find(found)
             if first_batch == 0 and not found["ended"]:
                 iter(self.loader)  # the epoch before was cut short by a limit; the next one begins anew
-        skip = 0 if found is not None else first_batch
+        own = self._own_length()
+        done = int(min(first_batch, own))  # a rank that was dry then goes on repeating its last batch
+        skip = 0 if found is not None else done
         kept = int(self._strategy.data_ranks > 1)  # what a rank repeats once it is dry
         if skip and self._seek(skip - kept):
             skip = kept
@@ -177,7 +187,7 @@ class StreamedData:
             batches = islice(batches, self._strategy.data_rank, None, self._strategy.data_ranks)
         batches = self._position.to_the_end(batches)
         if self.num_batches != math.inf:
-            left = max(0, int(self.num_batches) - first_batch + skip)
+            left = max(0, int(min(self.num_batches, own)) - done + skip)
             sees_its_end = self.num_batches == self._length() and not self._planned
             batches = _all_of(batches, left) if sees_its_end else islice(batches, left)
         skipped = deque(islice(batches, skip), maxlen=1)
@@ -189,15 +199,14 @@ class StreamedData:
         if not self._planned or (combined is not None and combined.limits is not None):
             return False
         mode = combined.mode if combined is not None else None
-        if self._strategy.data_ranks > 1 and mode in ("max_size_cycle", "sequential"):
-            return False  # a rank may have fewer batches of a leaf than others, so it goes on to the next one earlier
         for leaf in self._leaves:
             if mode == "max_size_cycle":
-                leaf.seek(batches % len(leaf), batches // len(leaf))
+                own = max(1, leaf.own)
+                leaf.seek(batches % own, batches // own)
             else:
                 leaf.seek(batches)
             if mode == "sequential":
-                batches = max(0, batches - len(leaf))
+                batches = max(0, batches - leaf.own)
         return True
 
     def _tell_the_cost(self, batches: int) -> None:
@@ -308,6 +317,12 @@ class RankBatches:
 
     def __len__(self) -> int:
         return self.planned.num_batches
+
+    @property
+    def own(self) -> int:
+        """How many batches an iteration gives on this rank: a ghost, with which an epoch may end, is not given."""
+        plan = self.planned.plan()
+        return plan.num_batches - (plan.num_batches > 0 and plan.part(plan.num_batches - 1).weight == 0)
 
 
 def _all_of(batches: Iterator[Any], count: int) -> Iterator[Any]:

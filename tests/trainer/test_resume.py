@@ -144,29 +144,40 @@ def test_combined_loaders_of_samples_are_found_without_reading_what_was_trained(
         assert resumed.read == read and len(read) <= 4 * len(resumed.seen) + 2
 
 
-def resumed_alike(mode: Any, long: int, short: int, steps: int, folder: Path) -> bool:
+def reads_on(mode: Any, first: int, second: int, folder: Path) -> list[int]:
+    """The steps after which a resumed run does not train or read what the whole run did from there on."""
+
     def train(path: str | None = None, max_steps: int = -1) -> tuple[Reads, pl.Trainer]:
         module = Reads()
-        loaders = [
-            DataLoader(Listed(range(start, start + n), []), batch_size=2, shuffle=True)
-            for start, n in ((0, long), (99, short))
-        ]
+        loaders = {
+            name: DataLoader(Listed(range(start, start + n), module.read), batch_size=2, shuffle=True)
+            for name, start, n in (("a", 0, first), ("b", 99, second))
+        }
         trainer = tiny_trainer(max_epochs=1, max_steps=max_steps, strategy="ddp", devices="auto")
         pl.seed_everything(3, verbose=False)
-        combined = pl.CombinedLoader(dict(zip("ab", loaders, strict=True)), mode)
-        trainer.fit(module, combined, ckpt_path=path)
+        trainer.fit(module, pl.CombinedLoader(loaders, mode), ckpt_path=path)
         return module, trainer
 
-    whole, (_, cut) = train()[0], train(max_steps=steps)
-    resumed, _ = train(cut.save_checkpoint(folder / "cut.ckpt"))
-    return str(resumed.seen) == str(whole.seen[steps:])
+    whole, wrong = train()[0], []
+    for steps in range(1, len(whole.seen)):
+        cut = train(max_steps=steps)[1].save_checkpoint(folder / f"{steps}.ckpt")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Resuming reads")
+            resumed = train(cut)[0]
+        skipped = len(whole.read) - len(resumed.read)
+        if str(resumed.seen) != str(whole.seen[steps:]) or skipped < steps - 1:  # one batch is read to be repeated
+            wrong.append(steps)
+    return wrong
 
 
-@pytest.mark.parametrize(("mode", "long", "short", "steps"), [("max_size_cycle", 23, 5, 3), ("sequential", 13, 21, 6)])
-def test_combined_loaders_resume_where_a_rank_has_fewer_batches_of_one(
-    mode: str, long: int, short: int, steps: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("mode", "first", "second"),
+    [("min_size", 13, 21), ("max_size", 13, 21), ("max_size_cycle", 23, 5), ("sequential", 13, 21)],
+)
+def test_combined_loaders_are_found_where_a_rank_has_fewer_batches_of_one(
+    mode: str, first: int, second: int, tmp_path: Path
 ) -> None:
-    assert run_ranks(resumed_alike, 2, mode, long, short, steps, tmp_path) == [True, True]
+    assert run_ranks(reads_on, 2, mode, first, second, tmp_path) == [[], []]
 
 
 def test_other_optimizers_or_schedulers_than_were_saved_are_refused(
