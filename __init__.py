@@ -57,4 +57,25 @@ if TYPE_CHECKING:
 else:
     from ._lazy import lazy_names
 
-    __getattr__, __dir__ = lazy_names(__name__)
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Callback": ".trainer.callback",
+            "CheckpointError": ".errors",
+            "CombinedLoader": ".trainer.combined",
+            "ConfigurationError": ".errors",
+            "DataModule": ".trainer.datamodule",
+            "LaunchError": ".errors",
+            "LightningDataModule": ".trainer.datamodule:DataModule",
+            "LightningModule": ".trainer.module:Module",
+            "Module": ".trainer.module",
+            "PacelineError": ".errors",
+            "Trainer": ".trainer.trainer",
+            "UnknownArgumentError": ".errors",
+            "rank_zero_info": ".trainer.rank_zero",
+            "rank_zero_only": ".trainer.rank_zero",
+            "rank_zero_warn": ".trainer.rank_zero",
+            "seed_everything": ".trainer.rng",
+        },
+        submodules=("callbacks", "errors", "loggers", "strategies", "trainer"),
+    )

@@ -15,4 +15,13 @@ if TYPE_CHECKING:
 else:
     from ._lazy import lazy_names
 
-    __getattr__, __dir__ = lazy_names(__name__)
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "CSVLogger": ".callbacks.csv_logger",
+            "JSONLLogger": ".callbacks.jsonl_logger",
+            "Logger": ".callbacks.logger",
+            "TensorBoardLogger": ".callbacks.tensorboard_logger",
+            "WandbLogger": ".callbacks.wandb_logger",
+        },
+    )

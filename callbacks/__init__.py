@@ -63,4 +63,35 @@ if TYPE_CHECKING:
 else:
     from .._lazy import lazy_names
 
-    __getattr__, __dir__ = lazy_names(__name__)
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "BackboneFinetuning": ".finetuning",
+            "BaseFinetuning": ".finetuning",
+            "BasePredictionWriter": ".prediction_writer:PredictionWriter",
+            "CSVLogger": ".csv_logger",
+            "Callback": "..trainer.callback",
+            "DeviceStatsMonitor": ".device_stats",
+            "EMAWeightAveraging": ".weight_averaging",
+            "EarlyStopping": ".early_stopping",
+            "GradientAccumulationScheduler": ".gradient_accumulation",
+            "JSONLLogger": ".jsonl_logger",
+            "LambdaCallback": ".lambda_callback",
+            "LearningRateMonitor": ".lr_monitor",
+            "Logger": ".logger",
+            "ModelCheckpoint": ".model_checkpoint",
+            "ModelSummary": ".model_summary",
+            "OnExceptionCheckpoint": ".on_exception_checkpoint",
+            "PredictionWriter": ".prediction_writer",
+            "Profiler": ".profiler",
+            "ProgressBar": ".progress_bar",
+            "RichProgressBar": ".rich_progress_bar",
+            "StochasticWeightAveraging": ".stochastic_weight_averaging",
+            "TQDMProgressBar": ".tqdm_progress_bar",
+            "TensorBoardLogger": ".tensorboard_logger",
+            "ThroughputMonitor": ".throughput",
+            "Timer": ".timer",
+            "WandbLogger": ".wandb_logger",
+            "WeightAveraging": ".weight_averaging",
+        },
+    )

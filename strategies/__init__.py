@@ -15,4 +15,14 @@ if TYPE_CHECKING:
 else:
     from .._lazy import lazy_names
 
-    __getattr__, __dir__ = lazy_names(__name__)
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "DDP": ".ddp",
+            "FSDP": ".fsdp",
+            "HSDP": ".hsdp",
+            "SingleDevice": ".single",
+            "Strategy": ".base",
+            "register_strategy": ".base",
+        },
+    )

@@ -40,4 +40,17 @@ if TYPE_CHECKING:
 else:
     from .._lazy import lazy_names
 
-    __getattr__, __dir__ = lazy_names(__name__)
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Callback": ".callback",
+            "CombinedLoader": ".combined",
+            "DataModule": ".datamodule",
+            "Module": ".module",
+            "Trainer": ".trainer",
+            "rank_zero_info": ".rank_zero",
+            "rank_zero_only": ".rank_zero",
+            "rank_zero_warn": ".rank_zero",
+            "seed_everything": ".rng",
+        },
+    )
