@@ -21,8 +21,10 @@ from ..errors import ConfigurationError
 from ..trainer.agreed_clock import AgreedClock
 from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
+from ..trainer.checkpoint import is_checkpoint, remove, resolve_pointer, write_pointer
 from ..trainer.checkpoint.run_state import reserve_memory
 from ..trainer.checkpoint.saver import FollowUp
+from ..trainer.checkpoint.storage import storage_of
 from ..trainer.rank_zero import rank_zero_info, rank_zero_warn
 from .checkpoint_names import format_name
 from .log_file import is_url, join
@@ -289,8 +291,6 @@ class ModelCheckpoint(Callback):
 
         def then(saved: str) -> None:
             """On rank 0, once it is durable: point `last` to it and remove what it replaced."""
-            from ..trainer.checkpoint import write_pointer
-
             if pointer:
                 write_pointer(pointer, saved)
             for old in removable:
@@ -379,8 +379,6 @@ class ModelCheckpoint(Callback):
         """On rank 0, once the newest checkpoint is whole: point `last` to it and remove what it replaced."""
         if not self._last_checkpoint_saved:
             return
-        from ..trainer.checkpoint import is_checkpoint, resolve_pointer, write_pointer
-
         if not trainer.is_global_zero:
             self._retired = []
         elif is_checkpoint(self._last_checkpoint_saved):
@@ -395,9 +393,6 @@ class ModelCheckpoint(Callback):
 
     def _remove_checkpoint(self, path: str) -> None:
         """Remove a checkpoint or a pointer of ours, if it is still there."""
-        from ..trainer.checkpoint import is_checkpoint, remove
-        from ..trainer.checkpoint.storage import storage_of
-
         storage, place = storage_of(path)
         if is_checkpoint(path):
             remove(path)
@@ -431,8 +426,6 @@ class ModelCheckpoint(Callback):
 
     def file_exists(self, filepath: str, trainer: Trainer) -> bool:
         """Whether the path is taken, as rank 0 sees it; on every rank."""
-        from ..trainer.checkpoint.storage import storage_of
-
         storage, place = storage_of(filepath)
         return bool(trainer.strategy.broadcast_object(trainer.is_global_zero and storage.exists(place)))
 

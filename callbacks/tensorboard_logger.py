@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from ..trainer.argument_types import checked_types
+from ..trainer.prefetch import move
 from ..trainer.rank_zero import rank_zero_only, rank_zero_warn
 from .folder_logger import FolderLogger
 from .log_file import join, write_text
@@ -127,8 +128,6 @@ class TensorBoardLogger(FolderLogger):
         if example is None:
             rank_zero_warn("TensorBoardLogger(log_graph=True) needs an input: set example_input_array in the module.")
             return
-        from ..trainer.prefetch import move
-
         self.experiment.add_graph(model, move(example, model.device))
 
     @rank_zero_only

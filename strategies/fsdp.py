@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigurationError
+from . import sharding
 from .base import Strategy, register_strategy
 from .blocks import described, find_blocks, named_blocks, without_shared
 from .cluster import Cluster
 from .estimate import gb
+from .initialise import initialise
 from .precision import Precision
 from .same_use import SameUse
 from .shardable import check_module, children_with_parameters, refuse_other
@@ -31,8 +33,6 @@ from .whole_use import on_meta, refuse_shards_in, refuse_stray_gradients, take_w
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from .sharding import Sharding
 
 
 @register_strategy("fsdp")
@@ -123,8 +123,6 @@ class FSDP(Strategy):
         if not self.sharded:
             super().place(module, precision)
             return
-        from . import sharding
-
         self.module, self.precision = module, precision
         self.scaler = torch.amp.GradScaler(self.device.type) if precision.scaled else None
         options = self._options()
@@ -148,8 +146,6 @@ class FSDP(Strategy):
         blocks = self._find_blocks(module)
         sharding.shard(self._roots, [block for block in blocks if block not in self._roots], options)
         if meta:
-            from .initialise import initialise
-
             device = torch.device("cpu") if self.cpu_offload else self.device
             torch.set_rng_state(self.broadcast_object(torch.get_rng_state()))
             initialise(module, device, dtypes, self.filled_later)
@@ -158,10 +154,8 @@ class FSDP(Strategy):
         take_whole_state(module)
         module.__dict__["_sharded_roots"] = self._roots, options
 
-    def _options(self) -> Sharding:
-        from .sharding import Sharding
-
-        return Sharding(
+    def _options(self) -> sharding.Sharding:
+        return sharding.Sharding(
             mesh=self.mesh,
             device=self.device,
             precision=self.precision,
@@ -173,13 +167,11 @@ class FSDP(Strategy):
         )
 
     def _find_blocks(self, module: nn.Module) -> list[nn.Module]:
-        from .sharding import fsdp_modules, move_and_agree
-
         parallelize = getattr(module, "parallelize", None)
         if callable(parallelize):
-            move_and_agree(module, self.device)
+            sharding.move_and_agree(module, self.device)
             parallelize(self.mesh)
-            sharded: list[Any] = list(fsdp_modules(module))
+            sharded: list[Any] = list(sharding.fsdp_modules(module))
             return sharded
         found = find_blocks(module) if self.blocks is None else named_blocks(module, self.blocks)
         kept, left = without_shared(module, found)
@@ -234,13 +226,11 @@ class FSDP(Strategy):
         """As in training; afterwards all parameters are shards again, since no backward pass makes them so."""
         if not self.sharded:
             return super().evaluation_step(step)
-        from .sharding import reshard
-
         inner = self._rooted(self._in_precision(step))
 
         def run(*args: Any) -> Any:
             output = inner(*args)
-            reshard(self._roots)
+            sharding.reshard(self._roots)
             return output
 
         return run
@@ -280,27 +270,21 @@ class FSDP(Strategy):
         """Keep gradients back within a window, where `sync_every_micro_batch=False` asked for it."""
         if self.sync_every_micro_batch or not self.sharded:
             return
-        from .sharding import fsdp_modules
-
         self._unreduced = not enabled
         for root in self._roots:
-            for part in fsdp_modules(root):
+            for part in sharding.fsdp_modules(root):
                 part.set_requires_gradient_sync(enabled, recurse=False)
 
     def drop_window(self) -> None:
         """Forget the gradients of a window that is given up."""
         if self._unreduced:
-            from .sharding import forget_unreduced
-
-            forget_unreduced(self._roots)
+            sharding.forget_unreduced(self._roots)
         super().drop_window()
 
     def trainable_changed(self) -> None:
         """Free what is gathered: a gathered parameter needs gradients if its shard did when it was gathered."""
         if self.sharded:
-            from .sharding import reshard
-
-            reshard(self._roots)
+            sharding.reshard(self._roots)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Nothing: each backward pass of a sharded module ends with the gradients reduced."""
@@ -310,15 +294,13 @@ class FSDP(Strategy):
         """Clip shards by the norm of the whole gradients, or each by value."""
         if not self.sharded:
             return super().clip_gradients(parameters, value, algorithm)
-        from .sharding import local, whole
-
         grads = [p.grad for p in parameters if p.grad is not None]
         if algorithm == "value":
-            parts = [local(grad) for grad in grads]
+            parts = [sharding.local(grad) for grad in grads]
             torch._foreach_clamp_min_(parts, -value)
             torch._foreach_clamp_max_(parts, value)
             return None
-        norm = whole(nn.utils.get_total_norm(grads))
+        norm = sharding.whole(nn.utils.get_total_norm(grads))
         nn.utils.clip_grads_with_norm_(parameters, value, norm)
         return norm
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from .sharding import sharded_like
 
 _TORCH_SAYS = ("mixed torch.Tensor and DTensor", "uniform original parameter dtype")
 
@@ -92,8 +93,6 @@ def take_whole_state(module: nn.Module) -> None:
 
 
 def _cut(part: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    from .sharding import sharded_like
-
     for name, parameter in part.named_parameters(prefix.removesuffix("."), recurse=False):
         value = state.get(name)
         if hasattr(parameter, "placements") and isinstance(value, Tensor) and not hasattr(value, "placements"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .hparams import HyperParameters, on_class_only
+from .prefetch import move
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,6 @@ class DataHooks:
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; override it for types that `paceline.trainer.prefetch.move` cannot move."""
-        from .prefetch import move
-
         return move(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

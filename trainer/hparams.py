@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigurationError, UnknownArgumentError, did_you_mean
+from .checkpoint.encode import encode
 from .rank_zero import rank_zero_warn
 
 ALL_ARGUMENTS = "kwargs"  # the `hparams_name` of hyper-parameters that are `__init__`'s arguments themselves
@@ -256,8 +257,6 @@ def hparams_for_checkpoint(hparams: Mapping[str, Any]) -> tuple[dict[str, Any], 
     Dataclasses and namespaces become dicts, enums their values, paths and devices text, sets sorted lists. A
     hyper-parameter is left out as a whole when anything in it cannot be stored.
     """
-    from .checkpoint.encode import encode  # the one owner of what a checkpoint can hold
-
     storable: dict[str, Any] = {}
     left_out: list[str] = []
     for name, value in hparams.items():

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ConfigurationError
 from .callback import Callback
 from .checkpoint.inspect import leaves
+from .checkpoint.run_state import collect
 from .rng import isolated, seed_generators
 
 if TYPE_CHECKING:
@@ -148,8 +149,6 @@ def _copied(item: Any) -> Any:
 
 def _state(trainer: Trainer) -> Iterator[tuple[str, str]]:
     """Everything that a checkpoint would hold, by name → digest."""
-    from .checkpoint.run_state import collect
-
     parts = [(key, value) for key, value in collect(trainer, weights_only=False).items() if key not in _NOISE]
     parts += [(f"callbacks.{type(callback).__name__}", callback.state_dict()) for callback in trainer.callbacks]
     for name, value in parts:
