@@ -24,8 +24,9 @@ from .base import Strategy, register_strategy
 from .blocks import described, find_blocks, named_blocks, without_shared
 from .cluster import Cluster
 from .estimate import gb
-from .initialise import initialise
+from .initialise import initialise, views_of
 from .precision import Precision
+from .recording import Recording
 from .same_use import SameUse
 from .shardable import check_module, children_with_parameters, refuse_other
 from .steps import Steps
@@ -80,6 +81,7 @@ class FSDP(Strategy):
         self.find_unused_parameters = find_unused_parameters
         self.sync_every_micro_batch = sync_every_micro_batch
         self._mesh: DeviceMesh | None = None
+        self._recording = Recording()
         self._roots: list[nn.Module] = []
         self._unreduced = False
         self._refusals: list[Any] = []
@@ -116,7 +118,10 @@ class FSDP(Strategy):
     # --- the module ----------------------------------------------------------------------------------------------
     def building(self) -> AbstractContextManager[Any]:
         """`configure_model` builds on the meta device: `place` gives each rank its shards and their values."""
-        return on_meta(self.name) if self.sharded else nullcontext()
+        if not self.sharded:
+            return nullcontext()
+        self._recording = Recording()
+        return on_meta(self.name, self._recording)
 
     def place(self, module: nn.Module, precision: Precision) -> None:
         """Shard the module; one that is sharded already, by an earlier call, stays as it is."""
@@ -138,8 +143,7 @@ class FSDP(Strategy):
             return
         check_module(module, self)
         meta = sharding.is_meta(module)
-        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        dtypes = {name: tensor.dtype for name, tensor in named}
+        views = views_of(module, self._recording)
         module.to(dtype=precision.parameters)
         by_hand = not getattr(module, "automatic_optimization", True)
         self._roots = children_with_parameters(module) if by_hand else [Steps(module)]
@@ -147,8 +151,9 @@ class FSDP(Strategy):
         sharding.shard(self._roots, [block for block in blocks if block not in self._roots], options)
         if meta:
             device = torch.device("cpu") if self.cpu_offload else self.device
-            torch.set_rng_state(self.broadcast_object(torch.get_rng_state()))
-            initialise(module, device, dtypes, self.filled_later)
+            self._recording.start = self.broadcast_object(self._recording.start)
+            initialise(module, device, self._recording, views, self.filled_later)
+            self._recording = Recording()
         if self.rank == 0:
             print(self._told(module, blocks, meta), flush=True)
         take_whole_state(module)

@@ -1,173 +1,162 @@
-"""Values for a module that was built on the meta device and sharded: those that one process would have drawn.
+"""Values for a module that was built on the meta device and sharded: those that one process would have given it.
 
-Every rank draws all numbers of one common stream, one layer at a time, keeps its shards and frees the rest, so no rank
-ever holds more than one layer whole. The order is that of construction: children first, then their parent's own
-parameters by `reset_parameters()`. A module with `init_weights(module)` then applies it to all its parts, as
-`self.apply(self.init_weights)` does at the end of a constructor.
+Every rank repeats in host memory what `configure_model` did, as a `Recording` tells it: a tensor is there from the
+first operation that it needs to the last, and then each rank keeps its shards, so no rank ever holds the whole model.
+Surprising: a value that is overwritten later is not kept until then, but drawn all the same, since what follows comes
+from the same random stream.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import ConfigurationError
-from .sharding import local, sharded_like, whole
+from .recording import Operation, Recording, View
+from .sharding import local, sharded_like
 
-_Initialiser = Callable[[], Any]
+
+def views_of(module: nn.Module, recording: Recording) -> dict[str, View]:
+    """What each parameter and buffer on the meta device stands for, by name; before anything replaces them."""
+    return {name: recording.view(tensor) for name, tensor in _tensors(module).items() if tensor.is_meta}
 
 
+@torch.no_grad()
 def initialise(
-    module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype], filled_later: Container[str] = ()
+    module: nn.Module,
+    device: torch.device,
+    recording: Recording,
+    views: Mapping[str, View],
+    filled_later: Container[str] = (),
 ) -> None:
-    """Give the sharded `module` its values, on `device`; `dtypes` are those in which its tensors were built.
-
-    Parts whose tensors are all `filled_later` are left without, which spares drawing a large model only to load it.
+    """Give the sharded `module` its values, on `device`; all but those of the names in `filled_later`.
 
     The generators of all ranks must be in one state, and are in one afterwards.
     Raises ConfigurationError for a parameter or buffer that nothing initialises, by name.
     """
-    prefixes = {part: f"{path}." if path else "" for path, part in module.named_modules()}
-    built = _allocate(module, device)
-    lost: set[str] = set()
-    done: set[int] = set()
-    for part, own in built.items():
-        if all(prefixes[part] + name in filled_later for name in own):
-            continue
-        full = {name: _unset(own[name], dtypes.get(prefixes[part] + name)) for name in own}
-        _run(part, full, getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None))
-        for name, tensor in own.items():
-            if id(tensor) in done:
-                continue  # tied to one that has its values; drawing for it kept the stream in step
-            done.add(id(tensor))
-            _keep(tensor, full[name])
-            if _is_unset(full[name]):
-                lost.add(prefixes[part] + name)
-    _apply_init_weights(module, prefixes, lost, filled_later)
+    _allocate(module, device)
+    tensors = _tensors(module)
+    names: dict[int, list[str]] = {}
+    for name, view in views.items():
+        if name not in filled_later:
+            names.setdefault(view.memory, []).append(name)
+    later = {view.memory for name, view in views.items() if name in filled_later} - names.keys()
+    lost = {name for held in names.values() for name in held}
+
+    def keep(memory: int, storage: torch.UntypedStorage, blank: bool) -> None:
+        for name in names[memory]:
+            value = views[name].of(storage)
+            if not (blank and _has_marks(value)):
+                lost.discard(name)
+            _keep(tensors[name], value)
+
+    repeat(recording, set(names), later, keep)
     if lost:
         first = min(lost)
         owner = type(module.get_submodule(first.rpartition(".")[0])).__name__.removeprefix("FSDP")
         others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise ConfigurationError(
-            f"{first!r}{others} was built on the meta device and nothing initialises it. Define reset_parameters() in "
-            f"{owner}, or init_weights(module) in the model, that fills it; or build the model in __init__, which "
-            "costs every rank the memory of the whole model."
+            f"{first!r}{others} was built on the meta device and nothing initialises it. Give it values where {owner} "
+            "makes it, in configure_model; or build the model in __init__, which costs every rank the memory of the "
+            "whole model."
         )
 
 
-def _allocate(module: nn.Module, device: torch.device) -> dict[nn.Module, dict[str, Tensor]]:
-    """Memory for what is on the meta device, children first: the tensors of each part that still lack values."""
-    new: dict[int, Tensor] = {}
-    built: dict[nn.Module, dict[str, Tensor]] = {}
-    for part in _children_first(module):
-        for name, tensor in _tensors(part).items():
-            if not tensor.is_meta:
-                continue
-            if id(tensor) not in new:
-                data = torch.empty_like(tensor, device=device, requires_grad=False)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                new[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
-            _group(part, name)[name] = new[id(tensor)]
-            built.setdefault(part, {})[name] = new[id(tensor)]
-    return built
-
-
-def _apply_init_weights(
-    module: nn.Module, prefixes: Mapping[nn.Module, str], lost: set[str], filled_later: Container[str]
+def repeat(
+    recording: Recording, wanted: set[int], later: set[int], keep: Callable[[int, torch.UntypedStorage, bool], None]
 ) -> None:
-    """What every `init_weights(module)` does to the parts below it; names that it sets leave `lost`."""
-    for owner in _children_first(module):
-        init = _init_weights_of(owner)
-        if init is None:
+    """Call `keep` with each wanted memory when it has its last value, and whether it was made without any; nothing is
+    drawn for what is only filled `later`."""
+    needed = _needed(recording.operations, wanted)
+    held: dict[int, torch.UntypedStorage] = {}
+    blank = set[int]()
+    stream: Tensor | None = None  # where the common stream stands while another one is drawn from
+    torch.set_rng_state(recording.start)
+    for state, operation in recording.seeded():
+        if state is not None:
+            stream = torch.get_rng_state() if stream is None else stream
+            torch.set_rng_state(state)
+            if torch.equal(state, recording.start):  # as `fork_rng` puts it back
+                torch.set_rng_state(stream)
+                stream = None
+        if operation is None:
             continue
-        for part in _children_first(owner):
-            own = _tensors(part)
-            if all(prefixes[part] + name in filled_later for name in own):
-                continue
-            full = {name: _gathered(tensor) for name, tensor in own.items()}
-            waiting = {name for name in own if prefixes[part] + name in lost}
-            for name in waiting:
-                _mark_unset(full[name])
-            _run(part, full, partial(init, part))
-            for name, tensor in own.items():
-                _keep(tensor, full[name])
-            lost -= {prefixes[part] + name for name in waiting if not _is_unset(full[name])}
+        if id(operation) in needed:
+            _run(operation, held, recording.sizes)
+            if operation.makes_blank:
+                blank |= operation.written
+        elif operation.random and not operation.written <= later:
+            _run(operation, {}, recording.sizes)
+        for memory in needed.get(id(operation), ()):
+            if memory in wanted:
+                keep(memory, held[memory], memory in blank)
+            del held[memory]
 
 
-def _init_weights_of(owner: nn.Module) -> Callable[[nn.Module], Any] | None:
-    for name in ("init_weights", "_init_weights"):
-        init = getattr(owner, name, None)
-        if callable(init) and len(inspect.signature(init).parameters) == 1:
-            return init  # type: ignore[no-any-return]
-    return None
+def _needed(operations: list[Operation], wanted: set[int]) -> dict[int, set[int]]:
+    """The operations, by their id, on which the values of `wanted` depend, with the memories that no later one of them
+    touches."""
+    found: dict[int, set[int]] = {}
+    alive, touched = set(wanted), set[int]()
+    for operation in reversed(operations):
+        if operation.written & alive:
+            alive -= operation.overwritten | {view.memory for view in operation.made.values()}
+            alive |= operation.read
+            own = operation.read | operation.written
+            found[id(operation)] = own - touched
+            touched |= own
+    return found
 
 
-def _children_first(module: nn.Module) -> Iterator[nn.Module]:
-    """Every part once, in the order in which `Module.apply` visits them."""
-    seen: set[nn.Module] = set()
+def _run(operation: Operation, held: dict[int, torch.UntypedStorage], sizes: Mapping[int, int]) -> None:
+    """Do the operation on the memories in `held`, where new ones are put."""
 
-    def walk(part: nn.Module) -> Iterator[nn.Module]:
-        if part not in seen:
-            seen.add(part)
-            for child in part.children():
-                yield from walk(child)
-            yield part
+    def real(view: View) -> Tensor:
+        if view.memory not in held:
+            held[view.memory] = torch.zeros(sizes[view.memory], dtype=torch.uint8).untyped_storage()
+        return view.of(held[view.memory])
 
-    return walk(module)
-
-
-def _tensors(part: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers that belong to `part` itself."""
-    return {name: t for group in (part._parameters, part._buffers) for name, t in group.items() if t is not None}
-
-
-def _group(part: nn.Module, name: str) -> dict[str, Any]:
-    return part._parameters if name in part._parameters else part._buffers
-
-
-def _unset(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A whole host tensor in the place of `tensor`, marked as without value."""
-    full = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="cpu")
-    _mark_unset(full)
-    return full
-
-
-def _mark_unset(full: Tensor) -> None:
-    full.fill_(float("nan") if full.is_floating_point() or full.is_complex() else 0)
-
-
-def _is_unset(full: Tensor) -> bool:
-    """Whether nothing, or not everything, was written; whole numbers bear no such mark and count as set."""
-    return (full.is_floating_point() or full.is_complex()) and bool(full.isnan().any())
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    return whole(tensor).detach().cpu().clone()
-
-
-def _run(part: nn.Module, full: dict[str, Tensor], initialiser: _Initialiser | None) -> None:
-    """Call `initialiser` while `part` has the whole tensors; `full` holds what they are afterwards."""
-    if initialiser is None:
+    made = {i: real(view) for i, view in operation.made.items()}
+    if operation.makes_blank:
+        for tensor in made.values():
+            if tensor.is_floating_point() or tensor.is_complex():  # whole numbers bear no mark and count as set
+                tensor.fill_(float("nan"))
         return
-    held = {name: _group(part, name)[name] for name in full}
-    for name, tensor in held.items():
-        is_parameter = isinstance(tensor, nn.Parameter)
-        _group(part, name)[name] = nn.Parameter(full[name], False) if is_parameter else full[name]
-    try:
-        with torch.no_grad():
-            initialiser()
-        full.update({name: _group(part, name)[name].detach() for name in full})
-    finally:
-        for name, tensor in held.items():
-            _group(part, name)[name] = tensor
+    args, kwargs = tree_map_only(View, real, (operation.args, operation.kwargs))
+    results = [item for item in tree_leaves(operation.function(*args, **kwargs)) if isinstance(item, Tensor)]
+    for i, tensor in made.items():
+        tensor.copy_(results[i])
 
 
-@torch.no_grad()
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    """Memory for what is on the meta device; what was tied stays so."""
+    new: dict[int, Tensor] = {}
+    for part in module.modules():
+        for group in (part._parameters, part._buffers):
+            for name, tensor in group.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in new:
+                    data = torch.empty_like(tensor, device=device, requires_grad=False)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    new[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
+                held: dict[str, Any] = group
+                held[name] = new[id(tensor)]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, by each of their names."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _has_marks(tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isnan().any())
+
+
 def _keep(tensor: Tensor, full: Tensor) -> None:
     """Give `tensor` its share of `full`."""
     local(tensor).copy_(local(sharded_like(tensor, full)) if hasattr(tensor, "placements") else full)

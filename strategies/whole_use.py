@@ -7,16 +7,15 @@ are never summed over the ranks.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from .recording import Recording, recorded
 from .sharding import sharded_like
 
 _TORCH_SAYS = ("mixed torch.Tensor and DTensor", "uniform original parameter dtype")
@@ -71,19 +70,19 @@ def _used_outside(what: str, name: str) -> ConfigurationError:
 
 
 @contextmanager
-def on_meta(name: str) -> Iterator[None]:
-    """`configure_model` builds on the meta device; ConfigurationError where it copies weights to what has no memory."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("error", "for .*: copying from a non-meta parameter")
-        try:
+def on_meta(name: str, recording: Recording) -> Iterator[None]:
+    """`configure_model` builds on the meta device, noted in `recording`; ConfigurationError if it needs values."""
+    try:
+        with recorded(recording):
             yield
-        except UserWarning as warning:
-            raise ConfigurationError(
-                f"load_state_dict in configure_model copies nothing ({str(warning).partition(':')[0]}): {name} builds "
-                "layers on the meta device and shards them before they get values. Use "
-                "self.trainer.load_weights(path) there, which reads no more than each rank's shards, or "
-                "load_state_dict(state, assign=True)."
-            ) from warning
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta tensor" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"configure_model reads values that are not there yet ({str(error).partition(chr(10))[0]}): {name} builds "
+            "layers on the meta device and shards them before they get values. Build the part that needs them in "
+            "__init__, which costs every rank the memory of all of it."
+        ) from error
 
 
 def take_whole_state(module: nn.Module) -> None:

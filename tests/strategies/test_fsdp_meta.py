@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import paceline as pl
+from paceline.strategies.initialise import repeat, views_of
+from paceline.strategies.recording import Recording, recorded
 
 from helpers.ranks import RanksFailed, run_ranks
 from helpers.sharded import WIDTH, Layered, batches, full_weights, strategy_of
@@ -66,7 +71,7 @@ class Initialised(Late):
 
 
 class OwnReset(Late):
-    """A parameter of the module's own, with `reset_parameters`."""
+    """A parameter of the module's own that its own method fills."""
 
     def build(self) -> None:
         super().build()
@@ -77,16 +82,68 @@ class OwnReset(Late):
         nn.init.normal_(self.scale)
 
 
+class Copied(Late):
+    """Blocks that are copies of one, as in torch's own TransformerEncoder; an adapter; a parametrization; a buffer."""
+
+    def build(self) -> None:
+        super().build()
+        self.blocks = nn.ModuleList(copy.deepcopy(self.blocks[0]) for _ in range(3))
+        for block in self.blocks:
+            weight_norm(block.up)
+        self.adapter = nn.Parameter(torch.randn(WIDTH, 2) * 0.1)
+        self.register_buffer("mask", torch.linspace(0, 1, WIDTH).round())
+        self.register_buffer("table", torch.tensor([[1.0, 2.0]]))
+        self.register_buffer("unknown", torch.full((2,), float("nan")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) + self.mask @ self.adapter @ self.table.mT
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x).mean(-1)
+
+
+class Seeded(Late):
+    """The random stream is another one for a while, and then for good; values that depend on those drawn."""
+
+    def build(self) -> None:
+        super().build()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(1)
+            nn.init.trunc_normal_(self.blocks[0].up.weight)
+        nn.init.orthogonal_(self.blocks[1].up.weight)
+        self.blocks[2].up.weight.data.copy_(self.blocks[1].up.weight.T.reshape(2 * WIDTH, WIDTH) / 2)
+        torch.manual_seed(2)
+        nn.init.sparse_(self.last.weight, 0.5)
+
+
+class Loaded(Late):
+    """Weights that are there when the model is built."""
+
+    def build(self) -> None:
+        super().build()
+        self.first.load_state_dict(
+            {"weight": torch.linspace(-0.2, 0.3, 4 * WIDTH).view(WIDTH, 4), "bias": torch.ones(WIDTH)}
+        )
+
+
 class Forgotten(Late):
     def build(self) -> None:
         super().build()
-        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.scale = nn.Parameter(torch.empty(WIDTH))
 
 
-class ForgottenBuffer(Late):
+class ForgottenInPart(Late):
     def build(self) -> None:
         super().build()
-        self.blocks[1].register_buffer("mask", torch.ones(3))
+        self.blocks[1].register_buffer("mask", torch.empty(3))
+        self.blocks[1].mask[:2] = 1.0
+
+
+class NeedsValues(Late):
+    def build(self) -> None:
+        super().build()
+        if self.first.weight.sum() > 0:
+            self.first.weight.data.neg_()
 
 
 class NotesStart(pl.Callback):
@@ -94,7 +151,7 @@ class NotesStart(pl.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.weights = full_weights(pl_module)
-        self.buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
+        self.buffers = {name: buffer.nan_to_num(-7.0) for name, buffer in pl_module.named_buffers()}
         self.after = torch.rand(3)
 
 
@@ -116,6 +173,9 @@ def fit_late(kind: type[Late], options: dict[str, Any], strategy: str | None, **
         (Attending, {}),
         (Initialised, {}),
         (OwnReset, {}),
+        (Copied, {}),
+        (Seeded, {}),
+        (Loaded, {}),
     ],
 )
 @pytest.mark.parametrize(("strategy", "ranks"), [("fsdp", 2), ("fsdp", 3), ("hsdp", 2)])
@@ -146,16 +206,41 @@ def test_a_model_built_late_in_bfloat16_is_the_float_one_rounded() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (
-            Forgotten,
-            "'scale' was built on the meta device and nothing initialises it. Define reset_parameters() in Forgo",
-        ),
-        (ForgottenBuffer, "'blocks.1.mask' was built on the meta device"),
+        (Forgotten, "'scale' was built on the meta device and nothing initialises it. Give it values where Forgotten"),
+        (ForgottenInPart, "'blocks.1.mask' was built on the meta device"),
+        (NeedsValues, "configure_model reads values that are not there yet ("),
     ],
 )
-def test_what_nobody_initialises_is_an_error_that_names_it(kind: type[Late], message: str) -> None:
+def test_what_has_no_values_is_an_error_that_names_it(kind: type[Late], message: str) -> None:
     with pytest.raises(RanksFailed, match=re.escape(message)):
         run_ranks(fit_late, 2, kind, {}, "fsdp")
+
+
+def peak_of_drawing(width: int) -> tuple[int, float]:
+    """(tensors drawn, how many of them were in memory at most); each is drawn by its layer, then again at the end."""
+    recording = Recording()
+    with recorded(recording):
+        stack = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4)))
+        stack.apply(lambda part: nn.init.normal_(part.weight) if isinstance(part, nn.Linear) else None)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+    before = in_memory("VmRSS")
+    wanted = {view.memory for view in views_of(stack, recording).values()}
+    drawn: list[int] = []
+    repeat(recording, wanted, set(), lambda memory, *_: drawn.append(memory))
+    return len(drawn), (in_memory("VmHWM") - before) / (4 * width * width)
+
+
+def in_memory(line: str) -> int:
+    """Bytes, by what the kernel tells of this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{line}:\s+(\d+)", status)[1])  # type: ignore[index]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, to measure")
+def test_one_tensor_at_a_time_is_in_memory() -> None:
+    [(drawn, most)] = run_ranks(peak_of_drawing, 1, 3072)  # 36 MiB a matrix: more than what malloc keeps
+    assert drawn == 4
+    assert most < 1.5
 
 
 def largest_allocation() -> int:

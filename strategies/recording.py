@@ -1,0 +1,180 @@
+"""`Recording`: what `configure_model` does to tensors on the meta device, noted so that it can be done again.
+
+Tensors without memory still have an identity: views of one parameter, and the parameter itself, share a storage. So
+each operation is noted with the memories that it reads and writes; `initialise.py` repeats those that matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_OVERWRITE = {"normal_", "uniform_", "zero_", "fill_", "copy_", "_no_grad_trunc_normal_"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor on the meta device, as a view of the memory that it stands for."""
+
+    memory: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    def of(self, storage: torch.UntypedStorage) -> Tensor:
+        """The same view of real memory."""
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
+
+
+@dataclass
+class Operation:
+    """One call of torch, with a `View` for each tensor; `made` are those of new memory, by their place in the results.
+
+    `overwritten`: memory of which nothing is left; `state`: of the generator, where it was set before this call.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    made: dict[int, View]
+    read: set[int]
+    changed: set[int]
+    overwritten: set[int]
+    random: bool
+    state: Tensor | None
+
+    @property
+    def makes_blank(self) -> bool:
+        """Whether it makes memory without values."""
+        return bool(self.made) and _name(self.function).removeprefix("new_").startswith("empty")
+
+    @property
+    def written(self) -> set[int]:
+        """The memories that it makes or changes."""
+        return self.changed | {view.memory for view in self.made.values()}
+
+
+class Recording(TorchDispatchMode):
+    """Notes the operations on tensors of the meta device while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Operation] = []
+        self.start = self._state = torch.get_rng_state()
+        self.sizes: dict[int, int] = {}
+        self._held: list[torch.UntypedStorage] = []  # no two may have one address
+
+    def view(self, tensor: Tensor) -> View:
+        """What a tensor on the meta device stands for."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self._held.append(storage)
+        return View(storage._cdata, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = [
+            args[i] if i < len(args) else kwargs.get(argument.name)
+            for i, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        given, changed = (
+            [item for item in tree_leaves(tree) if isinstance(item, Tensor)] for tree in ((args, kwargs), written)
+        )
+        on_meta = torch.device(kwargs.get("device") or "cpu").type == "meta" or any(map(_is_meta, given))
+        if not (on_meta and all(map(_is_meta, changed))):
+            return func(*args, **kwargs)
+        out = func(*tree_map_only(Tensor, _to_meta, args), **tree_map_only(Tensor, _to_meta, kwargs))
+        self.note(func, args, kwargs, changed, [item for item in tree_leaves(out) if isinstance(item, Tensor)])
+        return out
+
+    def note(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], changed: list[Tensor], results: list[Tensor]
+    ) -> None:
+        """Note a call that changed tensors in place and returned `results`."""
+        read = [self.view(t).memory for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and _is_meta(t)]
+        made = {i: view for i, view in enumerate(map(self.view, results)) if view.memory not in read}
+        if not made and not changed:
+            return
+        overwritten = set[int]()
+        if _name(function) in _OVERWRITE and changed[0].nbytes == self.sizes[read[0]] and read.count(read[0]) == 1:
+            overwritten = {read.pop(0)}
+        args, kwargs = tree_map_only(Tensor, self._noted, (args, kwargs))
+        if "device" in kwargs:  # the default type may be another one when this is repeated
+            kwargs |= {"device": torch.device("cpu"), "dtype": results[0].dtype}
+        state = self._state_if_set()
+        random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", (torch.Tag.nondeterministic_seeded,))
+        written = {self.view(t).memory for t in changed}
+        self.operations.append(Operation(function, args, kwargs, made, set(read), written, overwritten, random, state))
+
+    def seeded(self) -> Iterator[tuple[Tensor | None, Operation | None]]:
+        """The operations in order, each with the state to which the generator was set before it; last None, with that
+        to which it was set after them."""
+        yield from ((operation.state, operation) for operation in self.operations)
+        yield self._state_if_set(), None
+
+    def _noted(self, tensor: Tensor) -> View | Tensor:
+        return self.view(tensor) if _is_meta(tensor) else tensor.detach().clone()
+
+    def _state_if_set(self) -> Tensor | None:
+        """The generator's state if it is another one than before: nothing draws from it on the meta device."""
+        state = torch.get_rng_state()
+        if torch.equal(state, self._state):
+            return None
+        self._state = state
+        return state
+
+
+class AsIfReal(TorchFunctionMode):
+    """Where all else is on the meta device, numbers of Python and NumPy become real tensors, since nobody could tell
+    them afterwards; and tensors deny to be without memory, so that `nn.init` does not skip them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]
+            return False
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance((*args, None)[0], Tensor):
+            kwargs = {"device": "cpu"} | kwargs
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def recorded(recording: Recording) -> Iterator[None]:
+    """The context in which what is built is on the meta device and noted."""
+    draw = nn.init._no_grad_trunc_normal_
+
+    def truncated(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # it draws until all values are within bounds
+        if not _is_meta(tensor):
+            return draw(tensor, *args, **kwargs)
+        recording.note(draw, (tensor, *args), kwargs, [tensor], [])
+        return tensor
+
+    nn.init._no_grad_trunc_normal_ = truncated
+    try:
+        with torch.device("meta"), AsIfReal(), recording:
+            yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = draw
+
+
+def _name(function: Any) -> str:
+    schema = getattr(function, "_schema", None)
+    return str(schema.name.partition("::")[2] if schema else function.__name__)
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    return tensor.device.type == "meta"
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
