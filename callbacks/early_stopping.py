@@ -179,7 +179,7 @@ class EarlyStopping(Callback):
         if self.divergence_threshold is not None and bool(self.monitor_op(-current, -self.divergence_threshold)):
             return self._stop(
                 EarlyStoppingReason.DIVERGENCE_THRESHOLD,
-                f"Divergence threshold reached: {self.monitor} = {score} {self.order_dict[_other(self.mode)]} "
+                f"Divergence threshold reached: {self.monitor} = {score} {'>' if order == '<' else '<'} "
                 f"{self.divergence_threshold}. Signaling Trainer to stop.",
             )
         if bool(self.monitor_op(current - self.min_delta, self.best_score.to(current.device))):
@@ -225,7 +225,3 @@ class EarlyStopping(Callback):
         self.best_score = torch.as_tensor(state_dict["best_score"])
         self._resumed = True
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
-
-
-def _other(mode: str) -> str:
-    return "max" if mode == "min" else "min"

@@ -44,7 +44,10 @@ class TensorBoardLogger(FolderLogger):
     ) -> None:
         super().__init__(save_dir, name, version, prefix)
         if find_spec("tensorboard") is None:  # told before the run, without importing it yet
-            raise _missing()
+            raise ConfigurationError(
+                "TensorBoardLogger needs the package tensorboard, which is not installed. "
+                "Run: pip install 'paceline[tensorboard]', or use CSVLogger."
+            )
         self._log_graph = log_graph
         self._default_hp_metric = default_hp_metric
         self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
@@ -70,10 +73,12 @@ class TensorBoardLogger(FolderLogger):
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         if self._writer is None or self._writer_dir != self.log_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._close()
             self._writer_dir = self.log_dir
             options = {"purge_step": self._purge_step, **self._writer_options}
-            self._writer, self._purge_step = _import_writer()(log_dir=self.log_dir, **options), None
+            self._writer, self._purge_step = SummaryWriter(log_dir=self.log_dir, **options), None
         return self._writer
 
     @rank_zero_only
@@ -154,18 +159,3 @@ class TensorBoardLogger(FolderLogger):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-
-def _import_writer() -> type[SummaryWriter]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise _missing() from error
-    return SummaryWriter
-
-
-def _missing() -> ConfigurationError:
-    return ConfigurationError(
-        "TensorBoardLogger needs the package tensorboard, which is not installed. "
-        "Run: pip install 'paceline[tensorboard]', or use CSVLogger."
-    )

@@ -70,7 +70,7 @@ def described(model: nn.Module, blocks: Sequence[nn.Module]) -> str:
     names = {m: path for path, m in model.named_modules()}
     kinds: dict[str, list[str]] = {}
     for block in blocks:
-        kinds.setdefault(_class_name(block), []).append(names[block])
+        kinds.setdefault(type(block).__name__.removeprefix("FSDP"), []).append(names[block])
     return ", ".join(
         f"{len(paths)} x {kind} ({paths[0]}{f' ... {paths[-1]}' if len(paths) > 1 else ''})"
         for kind, paths in kinds.items()
@@ -87,10 +87,6 @@ def _is_named(path: str, module: nn.Module, item: type[nn.Module] | str) -> bool
     if isinstance(item, str):
         return item in (path, *(kind.__name__ for kind in type(module).__mro__))
     return isinstance(module, item)
-
-
-def _class_name(module: nn.Module) -> str:
-    return type(module).__name__.removeprefix("FSDP")
 
 
 def _repeated(model: nn.Module, total: int, bare: bool) -> Iterator[nn.Module]:

@@ -56,8 +56,8 @@ def evaluate(run: Evaluation, limit: int | float = math.inf) -> list[dict[str, f
         return []
     with _evaluating(run), torch.inference_mode() if run.inference_mode else torch.no_grad():
         _call_own(run, f"on_{stage}_model_eval")
-        _call(getattr(hooks, f"on_{stage}_start"))
-        _call(getattr(hooks, f"on_{stage}_epoch_start"))
+        call(getattr(hooks, f"on_{stage}_start"))
+        call(getattr(hooks, f"on_{stage}_epoch_start"))
         run.outputs = []
         for index, data in enumerate(run.data):
             run.dataloader_idx = index
@@ -65,11 +65,11 @@ def evaluate(run: Evaluation, limit: int | float = math.inf) -> list[dict[str, f
             run.outputs.append(list(_evaluate_loader(run, data, limit)))
         metrics.dataloader_idx = None
         metrics.batch, metrics.weight = None, None
-        _call(getattr(hooks, f"on_{stage}_epoch_end"))
+        call(getattr(hooks, f"on_{stage}_epoch_end"))
         results = _reduced(run)
         if run.progress.due[:1] == ["validation"]:
             run.progress.due.pop(0)
-        _call(getattr(hooks, f"on_{stage}_end"))
+        call(getattr(hooks, f"on_{stage}_end"))
         _call_own(run, f"on_{stage}_model_train")
     return results
 
@@ -129,7 +129,8 @@ def _evaluating(run: Evaluation) -> Iterator[None]:
         yield
 
 
-def _call(hooks: Sequence[Callable[..., Any]]) -> None:
+def call(hooks: Sequence[Callable[..., Any]]) -> None:
+    """Call hooks that take no arguments."""
     for hook in hooks:
         hook()
 

@@ -332,7 +332,10 @@ def filter_init_arguments(
         elif hparams_name not in overrides:
             unknown = []
     if unknown:
-        raise _not_taken(cls, unknown, parameters)
+        raise UnknownArgumentError(
+            f"load_from_checkpoint() got {unknown}, which {cls.__name__}.__init__ does not take. "
+            + did_you_mean(unknown[0], parameters, "Its arguments are")
+        )
     arguments.update({name: _rebuild(stored[name], hints.get(name)) for name in direct if accepted(name)})
     arguments.update({name: value for name, value in overrides.items() if accepted(name)})
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
@@ -342,13 +345,6 @@ def filter_init_arguments(
             f"{cls.__name__}.load_from_checkpoint(path, {', '.join(f'{name}=...' for name in missing)})."
         )
     return arguments
-
-
-def _not_taken(cls: type, unknown: list[str], parameters: Collection[str]) -> UnknownArgumentError:
-    return UnknownArgumentError(
-        f"load_from_checkpoint() got {unknown}, which {cls.__name__}.__init__ does not take. "
-        + did_you_mean(unknown[0], parameters, "Its arguments are")
-    )
 
 
 def _own_init(cls: type) -> Callable[..., None] | None:

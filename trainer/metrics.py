@@ -119,7 +119,12 @@ class Metrics:
             value = getattr(value, "_forward_cache", None)
             if not entry.on_step or value is None:
                 return
-        weight = self._batch_weight() if batch_size is None else batch_size
+        if batch_size is not None:
+            weight = batch_size
+        else:
+            if self.weight is None:
+                self.weight = 1 if self.batch is None else batch_size_of(self.batch) or 1
+            weight = self.weight
         if entry.window == self.window:
             entry.values.append(value)
             entry.weights.append(weight)
@@ -138,11 +143,6 @@ class Metrics:
             yield
         finally:
             self.muted = before
-
-    def _batch_weight(self) -> float:
-        if self.weight is None:
-            self.weight = 1 if self.batch is None else batch_size_of(self.batch) or 1
-        return self.weight
 
     def _new_entry(self, name: str, value: Any, flags: tuple[Any, ...]) -> Entry:
         entry = new_entry(self.hook, name, value, flags, self.dataloader_idx)

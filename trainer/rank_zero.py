@@ -36,7 +36,9 @@ class _RankZeroOnly:
     @property
     def rank(self) -> int:
         """This process's rank: the one that was set, or else the launcher's, or else 0."""
-        return _rank_of_environment() if self._rank is None else self._rank
+        if self._rank is not None:
+            return self._rank
+        return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
 
     @rank.setter
     def rank(self, rank: int | None) -> None:
@@ -63,7 +65,3 @@ def rank_zero_warn(message: Warning | str, category: type[Warning] = UserWarning
     """`warnings.warn` on rank 0; `stacklevel=1` blames the line that calls this, 2 the caller of that function."""
     if rank_zero_only.rank == 0:
         warnings.warn(message, category, stacklevel=stacklevel + 1)
-
-
-def _rank_of_environment() -> int:
-    return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)

@@ -18,7 +18,7 @@ from .checkpoint import choose, run_state
 from .control import Control, Wish
 from .data import PlannedData, training_data
 from .datamodule import DataHooks, DataModule
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, call, evaluate
 from .evaluation_data import evaluation_data
 from .faults import reported
 from .fingerprint import check_alike
@@ -221,7 +221,7 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
     fit.stepper = Stepper(fit, module, trainer.optimizers, *clipping)
     fit.data, fit.num_batches = data, data.num_batches
     trainer.say_what_was_chosen()
-    _call(hooks.on_fit_start)
+    call(hooks.on_fit_start)
     if validation is not None:
         _sanity_check(trainer, validation)
     if checkpoint is not None:
@@ -337,7 +337,7 @@ def _transfer_hooks(trainer: Trainer, module: Module) -> dict[str, Callable[...,
     found: dict[str, Callable[..., Any]] = {}
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
         for owner in (module, trainer.datamodule):
-            if owner is not None and overridden(owner, name, DataHooks):
+            if overridden(owner, name, DataHooks):
                 found[name] = getattr(owner, name)
     return found
 
@@ -406,9 +406,9 @@ def _sanity_check(trainer: Trainer, validation: Evaluation) -> None:
     before, trainer.state.stage = trainer.state.stage, RunningStage.SANITY_CHECKING
     due, trainer.progress.due = trainer.progress.due, []  # a validation that a resumed run has left to do is another
     with isolated():
-        _call(trainer.hooks.on_sanity_check_start)
+        call(trainer.hooks.on_sanity_check_start)
         evaluate(validation, float("inf") if batches == -1 else batches)
-        _call(trainer.hooks.on_sanity_check_end)
+        call(trainer.hooks.on_sanity_check_end)
     trainer.metrics.forget()
     trainer.state.stage, trainer.progress.due = before, due
 
@@ -418,7 +418,7 @@ def _validation(trainer: Trainer, module: Module, loaders: Any) -> Evaluation | 
     trainer.validation = None
     trainer.batch_counts["validation"] = []
     has_step = overridden(module, "validation_step", Module)
-    has_data = loaders is not None or _has_hook(trainer, module, "val_dataloader")
+    has_data = loaders is not None or _loader_hook(trainer, module, "val_dataloader") is not None
     if trainer.arguments.limit_of("val") == 0 or not (has_step or has_data):
         return None
     if has_step != has_data:
@@ -477,22 +477,18 @@ def prepare_call(trainer: Trainer, module: Module, fn: str, loaders: Any) -> Eva
 
 
 # --- where loaders come from -----------------------------------------------------------------------------------
-def _has_hook(trainer: Trainer, module: Module, name: str) -> bool:
-    return any(owner is not None and overridden(owner, name, DataHooks) for owner in (trainer.datamodule, module))
+def _loader_hook(trainer: Trainer, module: Module, name: str) -> Callable[[], Any] | None:
+    """That of the data module, or else the module's."""
+    owners = (owner for owner in (trainer.datamodule, module) if overridden(owner, name, DataHooks))
+    return next((getattr(owner, name) for owner in owners), None)
 
 
 def _from_hooks(trainer: Trainer, module: Module, name: str) -> Any:
     """The loaders that the data module or the module makes."""
-    for owner in (trainer.datamodule, module):
-        if owner is not None and overridden(owner, name, DataHooks):
-            return getattr(owner, name)()
+    if hook := _loader_hook(trainer, module, name):
+        return hook()
     what = name.removesuffix("_dataloader")
     raise ConfigurationError(
         f"There is no {what} data: pass a loader to {trainer.state.fn}(), or define {name}() in "
         f"{type(module).__name__} or in a data module."
     )
-
-
-def _call(hooks: tuple[Callable[..., Any], ...]) -> None:
-    for hook in hooks:
-        hook()

@@ -152,7 +152,10 @@ class Stepper:
             calls += 1
             if calls > 1:
                 self._repeat()
-            return self._reduced_loss()
+            if self._loss is None:
+                return None
+            # Over all ranks: its shares are scaled as gradients are reduced.
+            return self._strategy.all_reduce(self._loss.clone()) / self._strategy.gradient_divisor
 
         return closure
 
@@ -171,12 +174,6 @@ class Stepper:
                 scaled.backward()
                 self._loss = scaled.detach() if self._loss is None else self._loss + scaled.detach()
         self._strategy.unscale_gradients(self._optimizer)
-
-    def _reduced_loss(self) -> Tensor | None:
-        """The window's loss over all ranks: its shares are scaled as gradients are reduced."""
-        if self._loss is None:
-            return None
-        return self._strategy.all_reduce(self._loss.clone()) / self._strategy.gradient_divisor
 
     # --- manual optimization ------------------------------------------------------------------------------------
     def backward_by_hand(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -44,8 +44,8 @@ def _choose(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> str | None:
     if ckpt_path not in ("best", "last", "auto"):
         return resolve_pointer(ckpt_path)
     if ckpt_path == "best":
-        best = _best_of_this_process(trainer)
-        if best:
+        best = next((str(cb.best_model_path) for cb in trainer.checkpoint_callbacks if cb.best_model_path), None)
+        if best is not None:
             return best
     newest, skipped, places = _newest(trainer)
     for path, reason in skipped:
@@ -58,13 +58,6 @@ def _choose(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> str | None:
             "ckpt_path='auto' to start afresh where there is none."
         )
     return newest if ckpt_path != "best" else _best_recorded_in(newest)
-
-
-def _best_of_this_process(trainer: Trainer) -> str:
-    for callback in trainer.checkpoint_callbacks:
-        if path := getattr(callback, "best_model_path", ""):
-            return str(path)
-    return ""
 
 
 def _best_recorded_in(path: str) -> str:

@@ -99,7 +99,8 @@ def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, l
 
     try:
         with io.BufferedReader(storage.open(path)) as file:  # type: ignore[type-var]  # IO[bytes] is as raw as it needs
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if _is_zip(file) else []
+            is_zip = file.peek(4)[:4] == b"PK\x03\x04"
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
             file.seek(0)
             with torch.serialization.safe_globals([(StandIn, name) for name in unknown]):
                 return torch.load(file, map_location=device, weights_only=True), replaced
@@ -120,10 +121,6 @@ def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, l
             f"{path} cannot be read as weights without executing what is in it ({type(error).__name__}: {told:.200}). "
             "Save its state dict as .safetensors where its code is at hand and trusted."
         ) from error
-
-
-def _is_zip(file: io.BufferedReader[Any]) -> bool:
-    return file.peek(4)[:4] == b"PK\x03\x04"
 
 
 def _without(value: Any, replaced: set[int], path: str, left_out: list[str]) -> Any:
