@@ -34,7 +34,7 @@ from .loaders import (
     taken_over,
     why_left_alone,
 )
-from .plan import DealtPlan, EpochPlan, Order, mix_seed, permutation, told_of_cut
+from .plan import EpochPlan, Order, mix_seed, permutation, told_of_cut
 from .rank_zero import rank_zero_warn
 from .streamed_data import RankBatches, StreamedData
 from .windows import DataSettings, ToDevice, Window, moved, shares, weight_of
@@ -149,7 +149,8 @@ class PlannedData:
         settings, loader = self._settings, self.user_loader
         length = drawn_length(loader)
         if self._dealt:
-            return DealtPlan(length, settings.accumulate, ranks, rank, limit_batches=limit)
+            # A position is a batch: windows of so many are cut into parts of one, and weights count batches.
+            return EpochPlan(length, settings.accumulate * ranks, 1, ranks, rank, limit_batches=limit)
         batch_size = loader.batch_size or 1
         global_batch = settings.global_batch_size or batch_size * settings.accumulate * ranks
         return EpochPlan(length, global_batch, batch_size, ranks, rank, loader.drop_last, limit)
@@ -163,43 +164,35 @@ class PlannedData:
         plan = self.plan()
         if not self._dealt:
             order = self._order(plan.num_samples, epoch, alone)
-            return self._cut_windows(plan, order, epoch, first_batch)
+            return self._windows(plan, _index_lists(plan, order, first_batch), None, epoch, first_batch)
         drawn = self._draw(epoch, plan.num_samples, alone)
-        return self._dealt_windows(plan, drawn, epoch, first_batch)
-
-    def _cut_windows(self, plan: EpochPlan, order: Order, epoch: int, first_batch: int) -> Iterator[Window]:
-        self._indices.lists = _index_lists(plan, order, first_batch)
-        self._indices.count = plan.num_batches - first_batch
-        batches = self._read(epoch, first_batch)
-        first = -(-first_batch // plan.micro_batches)  # also where the last window was a short one
-        for number in range(first, plan.num_windows):
-            if number == first or number >= plan.full_windows or self._settings.loss_weight is not None:
-                samples = plan.window_weight(number)
-                weights = [float(part.weight) for part in plan.window(number)]
-                scales = [w * self._strategy.gradient_divisor / samples for w in weights]
-                window = self._window(batches, scales, weights, samples, weights.count(0.0))
-            yield window  # full windows are alike, but for what `batches` goes on with
-
-    def _dealt_windows(self, plan: EpochPlan, drawn: list[Any], epoch: int, first_batch: int) -> Iterator[Window]:
         in_batches = self.user_loader.batch_sampler is not None
         sizes = [(length_of(batch) if in_batches else None) or 1 for batch in drawn]
-        parts = [plan.part(i) for i in range(first_batch, plan.num_batches)]
-        self._indices.lists = ((part.start, drawn[part.start]) for part in parts)
-        self._indices.count = len(parts)
-        batches = self._read(epoch, first_batch)
-        for number in range(-(-first_batch // plan.micro_batches), plan.num_windows):
-            weights = [float(sizes[part.start] * part.weight) for part in plan.window(number)]
-            samples = sum(sizes[position] for position in plan.window_span(number))
-            scales = [w * self._strategy.gradient_divisor / samples for w in weights]
-            yield self._window(batches, scales, weights, samples, weights.count(0.0))
+        starts = (plan.part(i).start for i in range(first_batch, plan.num_batches))
+        return self._windows(plan, ((start, drawn[start]) for start in starts), sizes, epoch, first_batch)
 
-    def _window(
-        self, batches: Iterator[Any], scales: list[float], weights: list[float], samples: int, ghosts: int
-    ) -> Window:
-        weigh = self._settings.loss_weight
+    def _windows(
+        self, plan: EpochPlan, lists: Iterator[tuple[int, Any]], sizes: list[int] | None, epoch: int, first_batch: int
+    ) -> Iterator[Window]:
+        """`sizes` are the samples at each position of the plan; None: one."""
+        self._indices.lists, self._indices.count = lists, plan.num_batches - first_batch
+        batches = self._read(epoch, first_batch)
+        first = -(-first_batch // plan.micro_batches)  # also where the last window was a short one
+        alike = sizes is None and self._settings.loss_weight is None
+        for number in range(first, plan.num_windows):
+            if number == first or number >= plan.full_windows or not alike:
+                parts, span = plan.window(number), plan.window_span(number)
+                weights = [float(part.weight if sizes is None else part.weight * sizes[part.start]) for part in parts]
+                samples = len(span) if sizes is None else sum(sizes[position] for position in span)
+                window = self._window(batches, weights, samples)
+            yield window  # full windows are alike, but for what `batches` goes on with
+
+    def _window(self, batches: Iterator[Any], weights: list[float], samples: int) -> Window:
+        weigh, ghosts = self._settings.loss_weight, weights.count(0.0)
         if weigh is None:
+            scales = [w * self._strategy.gradient_divisor / samples for w in weights]
             return Window(batches, scales, weights, samples, ghosts)
-        held = list(islice(batches, len(scales)))
+        held = list(islice(batches, len(weights)))
         numbers = [weight_of(batch, weigh) if w else 0.0 for batch, w in zip(held, weights, strict=True)]
         return Window(moved(held, self.to_device), shares(numbers, self._strategy), numbers, samples, ghosts)
 

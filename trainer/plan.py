@@ -255,10 +255,6 @@ class EpochPlan:
         trained, _ = _part(size, parts, len(self.window_batches(window)) * self.ranks)
         return range(first, first + trained)
 
-    def window_weight(self, window: int) -> int:
-        """The sum of the window's weights over all ranks."""
-        return len(self.window_span(window))
-
     def part(self, batch_idx: int) -> Part:
         """This rank's micro-batch `batch_idx`."""
         assert 0 <= batch_idx < self.num_batches
@@ -286,22 +282,3 @@ class EpochPlan:
         first = window * self.global_batch
         size = min(self.global_batch, self.num_samples - first)
         return first, size, self.ranks * count_micro_batches(size, self.ranks, self.batch_size)
-
-
-class DealtPlan(EpochPlan):
-    """The plan for batches that are dealt whole, as a user's batch sampler's: a position is a batch of the epoch.
-
-    Of a window of `accumulate * ranks` batches, batch `j * ranks + r` is micro-batch j of rank r. That is the cut of a
-    global batch of so many samples with `batch_size=1`; weights count batches, and the first may be repeated.
-    """
-
-    def __init__(
-        self,
-        num_batches: int,
-        accumulate: int,
-        ranks: int = 1,
-        rank: int = 0,
-        drop_last: bool = False,
-        limit_batches: int | None = None,
-    ) -> None:
-        super().__init__(num_batches, accumulate * ranks, 1, ranks, rank, drop_last, limit_batches)

@@ -14,7 +14,6 @@ from paceline.errors import ConfigurationError
 from paceline.trainer import data as data_module
 from paceline.trainer import plan as plan_module
 from paceline.trainer.plan import (
-    DealtPlan,
     EpochPlan,
     Order,
     Part,
@@ -283,7 +282,7 @@ def test_weights_add_up_to_the_window_and_ranks_stay_in_step(shape, ranks, limit
         shares = [plan.window(window) for plan in plans]
         assert len({len(share) for share in shares}) == 1 and shares[0]
         total = sum(part.weight for share in shares for part in share)
-        assert {plan.window_weight(window) for plan in plans} == {total} and total > 0
+        assert {len(plan.window_span(window)) for plan in plans} == {total} and total > 0
         trained = [
             position for share in shares for part in share if part.weight for position in range(part.start, part.stop)
         ]
@@ -293,7 +292,7 @@ def test_weights_add_up_to_the_window_and_ranks_stay_in_step(shape, ranks, limit
 @given(SHAPES, RANKS)
 def test_full_windows_weigh_a_global_batch(shape, ranks):
     plan = EpochPlan(**shape, ranks=ranks)
-    weights = [plan.window_weight(window) for window in range(plan.num_windows)]
+    weights = [len(plan.window_span(window)) for window in range(plan.num_windows)]
     full, short = divmod(shape["num_samples"], shape["global_batch"])
     assert weights == [shape["global_batch"]] * full + [short] * (short > 0 and not shape["drop_last"])
 
@@ -343,14 +342,14 @@ def test_a_limit_only_takes_micro_batches_from_the_end(shape, ranks, limit):
 def test_a_limit_inside_a_window_cuts_all_ranks_at_the_same_micro_batch():
     plans = plans_of_all_ranks(2, num_samples=16, global_batch=8, batch_size=2, limit_batches=3)
     assert [plan.window(1) for plan in plans] == [[Part(8, 10, 2)], [Part(10, 12, 2)]]
-    assert plans[0].window_weight(1) == 4
+    assert len(plans[0].window_span(1)) == 4
 
 
 def test_a_rank_without_a_sample_repeats_the_first_of_its_window_at_weight_zero():
     plan = EpochPlan(num_samples=10, global_batch=8, batch_size=4, ranks=4, rank=3)
     assert plan.window(0) == [Part(6, 8, 2)]
     assert plan.window(1) == [Part(8, 9, 0)]
-    assert plan.window_weight(1) == 2
+    assert len(plan.window_span(1)) == 2
 
 
 def test_an_enormous_epoch_is_planned_at_once():
@@ -360,7 +359,14 @@ def test_an_enormous_epoch_is_planned_at_once():
 
 @given(st.integers(0, 60), st.integers(1, 4), RANKS, LIMITS, st.booleans())
 def test_batches_are_dealt_whole_and_once(num_batches, accumulate, ranks, limit, drop_last):
-    plans = [DealtPlan(num_batches, accumulate, ranks, rank, drop_last, limit) for rank in range(ranks)]
+    plans = plans_of_all_ranks(
+        ranks,
+        num_samples=num_batches,
+        global_batch=accumulate * ranks,
+        batch_size=1,
+        drop_last=drop_last,
+        limit_batches=limit,
+    )
     for rank, plan in enumerate(plans):
         for window in range(plan.num_windows):
             first = window * accumulate * ranks
@@ -374,7 +380,7 @@ def test_batches_are_dealt_whole_and_once(num_batches, accumulate, ranks, limit,
 
 
 def test_a_short_window_of_dealt_batches_needs_only_the_forwards_it_has_batches_for():
-    plan = DealtPlan(num_batches=9, accumulate=4, ranks=2, rank=1)
+    plan = EpochPlan(num_samples=9, global_batch=8, batch_size=1, ranks=2, rank=1)
     assert [part.start for part in plan.window(0)] == [1, 3, 5, 7]
     assert plan.window(1) == [Part(8, 9, 0)]
     assert plan.window_span(1) == range(8, 9)
