@@ -21,28 +21,14 @@ if TYPE_CHECKING:
     from .metrics import Metrics
     from .trainer import Trainer
 
-_STAGES = ("validation", "test", "predict")
-#: Hooks that callbacks (with `trainer, pl_module` in front) and the module share, callbacks first.
-SHARED_HOOKS = (
-    "on_fit_start",
-    "on_fit_end",
-    "on_train_start",
-    "on_train_end",
-    "on_train_epoch_start",
-    "on_train_epoch_end",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    *(
-        f"on_{stage}_{moment}"
-        for stage in _STAGES
-        for moment in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
-    ),
+#: The hooks of callbacks (with `trainer, pl_module` in front) that are found once; the others are called by name.
+_FOUND = tuple(
+    name
+    for name in vars(Callback)
+    if name.startswith("on_") and name not in ("on_exception", "on_save_checkpoint", "on_load_checkpoint")
 )
-_CALLBACK_ONLY = ("on_sanity_check_start", "on_sanity_check_end", "on_log")
+#: Those that the module has too; callbacks' come first.
+SHARED_HOOKS = tuple(name for name in _FOUND if name in vars(Module))
 #: Where checkpoint and early-stopping callbacks act on metrics and on the state that the others leave: after them.
 _ACTED_AT = ("on_train_batch_end", "on_train_epoch_end")
 #: Hooks that Lightning had once, and how to write them now.
@@ -89,11 +75,11 @@ class Hooks:
 
     def __init__(self, trainer: Trainer, module: Module, callbacks: Sequence[Callback], metrics: Metrics) -> None:
         self._metrics = metrics
-        for name in (*SHARED_HOOKS, *_CALLBACK_ONLY):
+        for name in _FOUND:
             owners = [callback for callback in callbacks if overridden(callback, name, Callback)]
             last = [owner for owner in owners if name in _ACTED_AT and getattr(owner, "acts_on_metrics", False)]
             found = [self.noting(name, owner, trainer, module) for owner in owners if owner not in last]
-            if name not in _CALLBACK_ONLY and overridden(module, name, Module):
+            if name in SHARED_HOOKS and overridden(module, name, Module):
                 found.append(self.noting(name, module))
             setattr(self, name, tuple(found))
             if name in _ACTED_AT:
