@@ -68,6 +68,10 @@ class Layer:
     out_size: Any = None
 
 
+def _column(field: str) -> Any:
+    return property(lambda summary: [getattr(layer, field) for layer in summary.layers])
+
+
 @dataclass
 class Summary:
     """A module's layers and what they come to; `str()` is the table. `sized`: a forward pass told the sizes."""
@@ -82,30 +86,11 @@ class Summary:
     uninitialized: int = 0
     sized: bool = False
 
-    @property
-    def layer_names(self) -> list[str]:
-        """The names of the rows."""
-        return [layer.name for layer in self.layers]
-
-    @property
-    def layer_types(self) -> list[str]:
-        """The classes of the rows."""
-        return [layer.kind for layer in self.layers]
-
-    @property
-    def param_nums(self) -> list[int]:
-        """The parameters of the rows."""
-        return [layer.parameters for layer in self.layers]
-
-    @property
-    def in_sizes(self) -> list[Any]:
-        """What goes into the rows' layers: a shape, a list of shapes, "?" where it never came to one."""
-        return [layer.in_size for layer in self.layers]
-
-    @property
-    def out_sizes(self) -> list[Any]:
-        """What comes out of them."""
-        return [layer.out_size for layer in self.layers]
+    layer_names = _column("name")
+    layer_types = _column("kind")
+    param_nums = _column("parameters")
+    in_sizes = _column("in_size")  # a shape, a list of shapes, "?" where it never came to one
+    out_sizes = _column("out_size")
 
     def heads(self) -> list[str]:
         """The names of the columns."""

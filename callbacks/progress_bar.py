@@ -40,6 +40,13 @@ class Stage:
     started: float = field(default_factory=time.monotonic)
 
 
+def _total(batches: str) -> Any:
+    """The batches of the loader under way, of those in the trainer's `batches`."""
+    return property(
+        lambda bar: getattr(bar.trainer, batches)[bar._nested.dataloader_idx if bar._nested is not None else 0]
+    )
+
+
 class ProgressBar(Callback):
     """Draws nothing by itself. `get_metrics`, `enable`, `disable` and `print` are there to be overridden or called."""
 
@@ -138,23 +145,9 @@ class ProgressBar(Callback):
         """The batches of all validation loaders."""
         return sum(self.trainer.num_val_batches)
 
-    @property
-    def total_val_batches_current_dataloader(self) -> int | float:
-        """The batches of the validation loader under way."""
-        return self._total(self.trainer.num_val_batches)
-
-    @property
-    def total_test_batches_current_dataloader(self) -> int | float:
-        """The batches of the test loader under way."""
-        return self._total(self.trainer.num_test_batches)
-
-    @property
-    def total_predict_batches_current_dataloader(self) -> int | float:
-        """The batches of the predict loader under way."""
-        return self._total(self.trainer.num_predict_batches)
-
-    def _total(self, totals: Sequence[int | float]) -> int | float:
-        return totals[self._nested.dataloader_idx if self._nested is not None else 0]
+    total_val_batches_current_dataloader: int | float = _total("num_val_batches")
+    total_test_batches_current_dataloader: int | float = _total("num_test_batches")
+    total_predict_batches_current_dataloader: int | float = _total("num_predict_batches")
 
     # --- what a kind of bar defines ------------------------------------------------------------------------------
     def _open(self, stage: Stage) -> None:

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
 
+def _bar(kind: str) -> Any:
+    """The bar of `kind`, once it is there."""
+
+    def bar(self: TQDMProgressBar) -> tqdm[Any]:
+        if kind not in self._bars:
+            raise TypeError(f"The {kind} progress bar of `{type(self).__name__}` is not there yet.")
+        return self._bars[kind]
+
+    return property(bar)
+
+
 class TQDMProgressBar(ProgressBar):
     """Epoch, batches, speed, time left and what was logged with `prog_bar=True`; validation below training.
 
@@ -75,30 +86,10 @@ class TQDMProgressBar(ProgressBar):
         )
         return bar
 
-    @property
-    def train_progress_bar(self) -> tqdm[Any]:
-        """The bar of training, once it is there."""
-        return self._bar("train")
-
-    @property
-    def val_progress_bar(self) -> tqdm[Any]:
-        """The bar of validation or of the sanity check, once it is there."""
-        return self._bar("validation")
-
-    @property
-    def test_progress_bar(self) -> tqdm[Any]:
-        """The bar of testing, once it is there."""
-        return self._bar("test")
-
-    @property
-    def predict_progress_bar(self) -> tqdm[Any]:
-        """The bar of predicting, once it is there."""
-        return self._bar("predict")
-
-    def _bar(self, kind: str) -> tqdm[Any]:
-        if kind not in self._bars:
-            raise TypeError(f"The {kind} progress bar of `{type(self).__name__}` is not there yet.")
-        return self._bars[kind]
+    train_progress_bar: tqdm[Any] = _bar("train")
+    val_progress_bar: tqdm[Any] = _bar("validation")  # or of the sanity check
+    test_progress_bar: tqdm[Any] = _bar("test")
+    predict_progress_bar: tqdm[Any] = _bar("predict")
 
     def print(self, *args: Any, sep: str = " ", end: str = "\n", **kwargs: Any) -> None:
         if not self._terminal or (self._train is None and self._nested is None):
@@ -108,14 +99,7 @@ class TQDMProgressBar(ProgressBar):
 
     # --- what the base asks for --------------------------------------------------------------------------------------
     def _open(self, stage: Stage) -> None:
-        make = {
-            "train": self.init_train_tqdm,
-            "sanity": self.init_sanity_tqdm,
-            "validation": self.init_validation_tqdm,
-            "test": self.init_test_tqdm,
-            "predict": self.init_predict_tqdm,
-        }[stage.kind]
-        self._bars[_place(stage)] = make()
+        self._bars[_place(stage)] = getattr(self, f"init_{stage.kind}_tqdm")()
         self._epoch_drawn = ""
 
     def _draw(self, stage: Stage, metrics: dict[str, Any] | None) -> None:
