@@ -52,7 +52,7 @@ class ProgressBar(Callback):
 
     @checked_types
     def __init__(self, refresh_rate: int = 1, leave: bool = False) -> None:
-        self._refresh_rate: int = check_count("refresh_rate", refresh_rate, 0)
+        self.refresh_rate: int = check_count("refresh_rate", refresh_rate, 0)
         self._enabled = refresh_rate > 0
         self._leave = leave  # the bar of an epoch stays on the screen when the next one begins
         self._epoch_drawn = ""
@@ -89,14 +89,9 @@ class ProgressBar(Callback):
         print(*args, **kwargs)
 
     @property
-    def refresh_rate(self) -> int:
-        """How many batches lie between two drawings at least; 0: no bar."""
-        return self._refresh_rate
-
-    @property
     def is_enabled(self) -> bool:
         """Whether this rank draws."""
-        return self._enabled and self._refresh_rate > 0
+        return self._enabled and self.refresh_rate > 0
 
     @property
     def is_disabled(self) -> bool:
@@ -202,7 +197,7 @@ class ProgressBar(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._seen += 1
         now = time.monotonic()
-        if now < self._next_drawing or (batch_idx + 1) % self._refresh_rate or self._train is None:
+        if now < self._next_drawing or (batch_idx + 1) % self.refresh_rate or self._train is None:
             return
         self._show_train(trainer, pl_module, self._train)
         self._next_drawing = now + self._interval
@@ -279,7 +274,7 @@ class ProgressBar(Callback):
         # Batches are dealt to the ranks in turn, so the others have got as far in theirs.
         stage.n = int(min(stage.total, batch_idx + self.trainer.world_size))
         now = time.monotonic()
-        if now >= self._next_drawing and (batch_idx + 1) % self._refresh_rate == 0:
+        if now >= self._next_drawing and (batch_idx + 1) % self.refresh_rate == 0:
             self._show(stage, None)
             self._next_drawing = now + self._interval
 

@@ -50,7 +50,7 @@ class TensorBoardLogger(FolderLogger):
             )
         self._log_graph = log_graph
         self._default_hp_metric = default_hp_metric
-        self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
+        self.sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._writer_options = writer_options
         self._writer: SummaryWriter | None = None
         self._writer_dir = ""
@@ -58,15 +58,10 @@ class TensorBoardLogger(FolderLogger):
         self.hparams: dict[str, Any] = {}
 
     @property
-    def sub_dir(self) -> str | None:
-        """The folder inside `version_N`."""
-        return self._sub_dir
-
-    @property
     def log_dir(self) -> str:
         run_dir = super().log_dir
-        if self._sub_dir is not None:
-            run_dir = join(run_dir, self._sub_dir)
+        if self.sub_dir is not None:
+            run_dir = join(run_dir, self.sub_dir)
         return os.path.expanduser(os.path.expandvars(run_dir))
 
     @property

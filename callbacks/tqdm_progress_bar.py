@@ -43,13 +43,8 @@ class TQDMProgressBar(ProgressBar):
     @checked_types
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
         super().__init__(refresh_rate, leave)
-        self._process_position = process_position
+        self.process_position = process_position
         self._bars: dict[str, tqdm[Any]] = {}
-
-    @property
-    def process_position(self) -> int:
-        """The line of the first bar."""
-        return self._process_position
 
     # --- the bars, for users to override ---------------------------------------------------------------------------
     def init_sanity_tqdm(self) -> tqdm[Any]:
@@ -76,7 +71,7 @@ class TQDMProgressBar(ProgressBar):
     def _new_bar(self, description: str, nested: bool, leave: bool = False) -> tqdm[Any]:
         bar: tqdm[Any] = bar_class()(
             desc=description,
-            position=2 * self._process_position + nested,
+            position=2 * self.process_position + nested,
             disable=self.is_disabled or not self._terminal,
             leave=leave,
             dynamic_ncols=True,

@@ -38,40 +38,26 @@ class CombinedLoader:
     | `"max_size"` | with the longest | the same, with `None` for loaders that have ended |
     | `"sequential"` | after the last | a batch of one loader; `batch_idx` counts within that loader |
 
+    `flattened` are the loaders in their order; a loader's place in it is its `dataloader_idx`.
     Each `iter(combined)` starts anew, and calls `iter()` on the loaders when its first batch is asked for.
     """
 
     def __init__(self, iterables: Any, mode: Mode = "min_size") -> None:
         if mode not in _MODES:
             raise ConfigurationError(f"CombinedLoader has no mode={mode!r}. {did_you_mean(str(mode), _MODES)}")
-        self._iterables = iterables
-        self._mode: Mode = mode
+        self.iterables = iterables
+        self.mode: Mode = mode
         found, self._structure = pytree.tree_flatten_with_path(iterables)
         self._paths = [f"iterables{pytree.keystr(path)}" for path, _ in found]
-        self._loaders = [loader for _, loader in found]
+        self.flattened = [loader for _, loader in found]
         self._limits: list[int | float] | None = None
         self._newest: _Batches | None = None
-        for path, loader in zip(self._paths, self._loaders, strict=True):
+        for path, loader in zip(self._paths, self.flattened, strict=True):
             if isinstance(loader, dict) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
                 raise ConfigurationError(
                     f"CombinedLoader cannot iterate over {path}, which is {loader!r:.80}. Its places hold loaders: "
                     "anything that `iter()` accepts but lists, tuples and dicts, which are the structure around them."
                 )
-
-    @property
-    def iterables(self) -> Any:
-        """The collection of loaders, as it was given."""
-        return self._iterables
-
-    @property
-    def mode(self) -> Mode:
-        """How the loaders are combined."""
-        return self._mode
-
-    @property
-    def flattened(self) -> list[Any]:
-        """The loaders in their order; a loader's place here is its `dataloader_idx`."""
-        return list(self._loaders)
 
     @property
     def limits(self) -> list[int | float] | None:
@@ -81,36 +67,36 @@ class CombinedLoader:
     @limits.setter
     def limits(self, limits: float | _Limits | None) -> None:
         if isinstance(limits, int | float):
-            limits = [limits] * len(self._loaders)
-        if limits is not None and len(limits) != len(self._loaders):
+            limits = [limits] * len(self.flattened)
+        if limits is not None and len(limits) != len(self.flattened):
             raise ConfigurationError(
-                f"limits={list(limits)} are {len(limits)} for {len(self._loaders)} loaders. "
+                f"limits={list(limits)} are {len(limits)} for {len(self.flattened)} loaders. "
                 "Give one number a loader, or a single number for all."
             )
         self._limits = None if limits is None else list(limits)
 
     def map(self, function: Callable[[Any], Any]) -> CombinedLoader:
         """A new `CombinedLoader` of `function(loader)` for each loader, with the same structure, mode and limits."""
-        mapped = CombinedLoader(self._structure.unflatten(map(function, self._loaders)), self._mode)
+        mapped = CombinedLoader(self._structure.unflatten(map(function, self.flattened)), self.mode)
         mapped.limits = self._limits
         return mapped
 
     def __len__(self) -> int:
         """The number of batches; raises `TypeError` where it depends on a loader that has no length."""
-        known = [inf if length is None else length for length in map(length_of, self._loaders)]
+        known = [inf if length is None else length for length in map(length_of, self.flattened)]
         lengths = list(map(min, known, self._bounds()))
-        total = _COMBINED_LENGTH[self._mode](lengths) if lengths else 0
+        total = _COMBINED_LENGTH[self.mode](lengths) if lengths else 0
         if total == inf:
             unknown = [path for path, length in zip(self._paths, lengths, strict=True) if length == inf]
             raise TypeError(
-                f"CombinedLoader(mode={self._mode!r}) has no length, because {' and '.join(unknown)} has none. "
+                f"CombinedLoader(mode={self.mode!r}) has no length, because {' and '.join(unknown)} has none. "
                 "Give the loader a __len__, or limit the number of batches."
             )
         return int(total)
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         # The generator must not refer to this object: a cycle would keep workers alive until garbage is collected.
-        self._newest = _batches(self._structure, self._loaders, self._mode, self._bounds())
+        self._newest = _batches(self._structure, self.flattened, self.mode, self._bounds())
         return self._newest
 
     def __next__(self) -> tuple[Any, int, int]:
@@ -127,7 +113,7 @@ class CombinedLoader:
         self._newest = None
 
     def _bounds(self) -> _Limits:
-        return [inf] * len(self._loaders) if self._limits is None else self._limits
+        return [inf] * len(self.flattened) if self._limits is None else self._limits
 
 
 def _batches(structure: pytree.TreeSpec, loaders: list[Any], mode: Mode, limits: _Limits) -> _Batches:

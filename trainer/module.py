@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
+def _of_trainer(name: str, alone: Any) -> Any:
+    """What the trainer says; `alone` without one."""
+    return property(lambda module: alone if module._trainer is None else getattr(module._trainer, name))
+
+
 class Module(HyperParameters, DataHooks, nn.Module):
     """Subclass it: layers in `__init__`, `training_step`, `configure_optimizers`, and whatever hooks you need."""
 
@@ -361,35 +366,16 @@ class Module(HyperParameters, DataHooks, nn.Module):
         """The type of the first floating-point parameter."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
-    @property
-    def current_epoch(self) -> int:
-        """Epochs finished; 0 without a trainer."""
-        return 0 if self._trainer is None else self._trainer.current_epoch
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps finished; 0 without a trainer."""
-        return 0 if self._trainer is None else self._trainer.global_step
-
-    @property
-    def global_rank(self) -> int:
-        """This process among all."""
-        return 0 if self._trainer is None else self._trainer.global_rank
-
-    @property
-    def local_rank(self) -> int:
-        """This process on its node."""
-        return 0 if self._trainer is None else self._trainer.local_rank
+    current_epoch: int = _of_trainer("current_epoch", 0)  # epochs finished
+    global_step: int = _of_trainer("global_step", 0)  # optimizer steps finished
+    global_rank: int = _of_trainer("global_rank", 0)  # this process among all
+    local_rank: int = _of_trainer("local_rank", 0)  # on its node
+    logger: Any = _of_trainer("logger", None)  # the first one
 
     @property
     def on_gpu(self) -> bool:
         """True when the module is on a CUDA device."""
         return self.device.type == "cuda"
-
-    @property
-    def logger(self) -> Any:
-        """The first logger, or None."""
-        return None if self._trainer is None else self._trainer.logger
 
     @property
     def loggers(self) -> list[Any]:
