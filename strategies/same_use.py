@@ -3,6 +3,7 @@
 A block that a rank does not run is not gathered there, and a parameter without a gradient is left out of its group's
 reduction, so the others' tensors arrive in the wrong places, in silence if their sizes agree. Which parameters had
 gradients is summed up after each window and compared after 1, 2, 4, 8, ... of them: no rank waits for another in most.
+Hooks on gradients, which run on no rank, are looked for at the same times.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigurationError
 from .base import Strategy
+from .whole_use import refuse_hooks
 
 
 class SameUse:
@@ -28,6 +30,7 @@ class SameUse:
         self._sum = hash((self._sum, *(p.grad is None for p in held)))
         if self._windows & (self._windows - 1):
             return
+        refuse_hooks(module, strategy.name, ours=1)
         channel = strategy.channel("same use")  # of the hosts: no rank waits for its device
         if len(set(channel.gather_objects(self._sum))) == 1:
             return

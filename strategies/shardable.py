@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import ConfigurationError
 from .base import Strategy
+from .whole_use import refuse_hooks
 
 if TYPE_CHECKING:
     from .sharding import Sharding
@@ -39,6 +40,18 @@ def check_module(module: nn.Module, strategy: Strategy) -> None:
         raise ConfigurationError(
             f"{scalars[0]!r} has no dimension, so {strategy.name} cannot shard it. Make it a parameter of shape (1,)."
         )
+    empty = [name for name, p in module.named_parameters() if p.dim() and not p.numel()]
+    if empty:
+        raise ConfigurationError(
+            f"{empty[0]!r} has no elements, so {strategy.name} cannot shard it. Leave it out, or make it a buffer."
+        )
+    lost = [name for name, p in module.named_parameters() if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if lost:
+        raise ConfigurationError(
+            f"{lost[0]!r} has a hook (register_post_accumulate_grad_hook), which is lost as {strategy.name} puts a "
+            "shard in its place. Register it in on_fit_start."
+        )
+    refuse_hooks(module, strategy.name)
     if count < strategy.world_size:
         raise ConfigurationError(
             f"{type(module).__name__} has {count} parameter(s), fewer than the {strategy.world_size} ranks, so "

@@ -144,7 +144,11 @@ def move_and_agree(part: nn.Module, device: torch.device) -> None:
     from torch.distributed.tensor import DTensor
 
     for tensor in (*part.parameters(), *part.buffers()):
-        if isinstance(tensor, DTensor) or tensor.is_meta:
+        if isinstance(tensor, DTensor):
+            continue
+        if not tensor.is_contiguous():  # as in channels_last, which `fully_shard` refuses
+            tensor.data = tensor.data.contiguous()
+        if tensor.is_meta:
             continue
         if tensor.device != device:
             tensor.data = tensor.data.to(device)

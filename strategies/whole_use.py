@@ -61,6 +61,18 @@ def refuse_stray_gradients(module: nn.Module, name: str) -> list[Any]:
     return [p.register_hook(partial(refuse, path, p)) for path, p in module.named_parameters() if p.requires_grad]
 
 
+def refuse_hooks(module: nn.Module, name: str, ours: int = 0) -> None:
+    """ConfigurationError for a parameter with more than `ours` hooks on its gradient: no backward pass reaches a shard,
+    so none would ever run."""
+    for path, parameter in module.named_parameters():
+        if len(parameter._backward_hooks or ()) > ours:
+            raise ConfigurationError(
+                f"{path!r} has a hook on its gradient (register_hook), which would never run: {name} gathers "
+                "parameters for a backward pass and sums their gradients itself. Change the summed gradient in "
+                "on_before_optimizer_step, or with register_post_accumulate_grad_hook in on_fit_start."
+            )
+
+
 def _used_outside(what: str, name: str) -> ConfigurationError:
     return ConfigurationError(
         f"A step used {what} outside the forward of that block, where {name} keeps shards, whose gradients would not "

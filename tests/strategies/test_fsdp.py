@@ -384,6 +384,12 @@ class Scalar(Layered):
         self.scale = nn.Parameter(torch.ones(()))
 
 
+class NoElements(Layered):
+    def build(self) -> None:
+        super().build()
+        self.nothing = nn.Parameter(torch.ones(0, 3))
+
+
 class ShardedBefore(Layered):
     """Was trained with another precision."""
 
@@ -436,6 +442,7 @@ def refused(kind: type[Layered], options: dict[str, Any], strategy: str) -> None
             "Shampoo cannot be used with FSDP: its step does on shards what torch cannot do",
         ),
         (Scalar, {}, "'scale' has no dimension, so FSDP cannot shard it. Make it a parameter of shape (1,)"),
+        (NoElements, {}, "'nothing' has no elements, so FSDP cannot shard it"),
         (ShardedBefore, {}, "The module was sharded with precision='bf16-mixed', now it is '32-true'"),
         (
             GatheredBefore,

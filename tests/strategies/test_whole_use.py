@@ -137,6 +137,72 @@ def test_ranks_that_use_different_parameters_are_told_which() -> None:
     assert len(failed.value.errors) == 2
 
 
+# --- hooks on gradients ----------------------------------------------------------------------------------------------
+def halve(gradient: Tensor) -> Tensor:
+    return gradient / 2
+
+
+def halve_in_place(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad /= 2
+
+
+class Hooked(Layered):
+    def build(self) -> None:
+        super().build()
+        self.last.weight.register_hook(halve)
+
+
+class HookedLater(Layered):
+    def on_fit_start(self) -> None:
+        self.blocks[0].up.weight.register_hook(halve)
+
+
+class HookedTooEarly(Layered):
+    def build(self) -> None:
+        super().build()
+        self.last.weight.register_post_accumulate_grad_hook(halve_in_place)
+
+
+class HookedInTime(Layered):
+    def on_fit_start(self) -> None:
+        self.last.weight.register_post_accumulate_grad_hook(halve_in_place)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Hooked, "'last.weight' has a hook on its gradient (register_hook), which would never run"),
+        (HookedLater, "'blocks.0.up.weight' has a hook on its gradient (register_hook), which would never run"),
+        (HookedTooEarly, "'last.weight' has a hook (register_post_accumulate_grad_hook), which is lost"),
+    ],
+)
+def test_a_hook_that_would_never_run_is_an_error(kind: type[Layered], message: str) -> None:
+    with pytest.raises(RanksFailed, match=re.escape(message)):
+        run_ranks(fit_of, 2, kind)
+
+
+def test_a_hook_on_the_summed_gradient_runs() -> None:
+    assert_like_one_process(HookedInTime)
+
+
+# --- memory in another order ------------------------------------------------------------------------------------------
+class ChannelsLast(Layered):
+    """Convolutions in the memory format that suits them."""
+
+    def build(self) -> None:
+        super().build()
+        self.images = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1))
+        self.images.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.images(x.view(-1, 1, 2, 2)).mean((1, 2, 3))
+
+
+def test_weights_in_channels_last_are_sharded() -> None:
+    assert_like_one_process(ChannelsLast)
+
+
 # --- whole weights loaded ---------------------------------------------------------------------------------------------
 OTHER = {name: torch.linspace(-0.3, 0.4, p.numel()).view(p.shape) for name, p in Layered().state_dict().items()}
 
