@@ -49,7 +49,7 @@ class Fit:
     control: Control
     schedulers: Schedulers
     validation: ValidationTimes
-    start_streams: Callable[[], None]
+    take_up: Callable[[], None]
     reload_data: Callable[[], None]
     prepare_epoch: Callable[[], None]
     validate: Callable[[], None]
@@ -70,21 +70,32 @@ class Fit:
 
 
 def fit(fit: Fit) -> None:
-    """Train until `max_epochs`, `max_steps` or `max_time` is reached, or all ranks agreed to stop."""
-    if fit.limits.reached(fit.progress) or fit.data.num_batches == 0 or fit.control.stop_agreed_now():
+    """Train until `max_epochs`, `max_steps` or `max_time` is reached, or all ranks agreed to stop.
+
+    A run that was cut after its last step does what was left: validation, the end of the epoch, `on_train_end`.
+    """
+    progress = fit.progress
+    over = is_over(fit)
+    if fit.data.num_batches == 0 or (over and progress.total_batches == 0):
         return
+    cut_in_epoch = progress.batches_in_epoch > 0 and progress.due != ["stopped"]
     for hook in fit.hooks.on_train_start:
         hook()
-    fit.start_streams()
-    while not fit.limits.reached(fit.progress):
+    fit.take_up()
+    while cut_in_epoch or not over:
+        cut_in_epoch = False
         if not train_epoch(fit):
             rank_zero_warn("Training ends: an epoch had no batch. The loader is empty, or can be iterated only once.")
             break
-        if fit.control.stop_agreed_now():
-            break
+        over = is_over(fit)
     fit.metrics.deliver(wait=True)
     for hook in fit.hooks.on_train_end:
         hook()
+
+
+def is_over(fit: Fit) -> bool:
+    """Whether a limit is reached, or all ranks agree to stop."""
+    return fit.control.stop_agreed_now() or fit.limits.reached(fit.progress)
 
 
 def train_epoch(fit: Fit) -> bool:
@@ -100,6 +111,9 @@ def train_epoch(fit: Fit) -> bool:
     fit.prepare_epoch()  # after the hooks, which may thaw parameters or set the accumulation
     if resumed:
         settle(fit)
+        if is_over(fit):
+            finish_epoch(fit, whole=progress.batches_in_epoch >= fit.num_batches)
+            return True
     for window in fit.data.windows(progress.epoch, progress.batches_in_epoch):
         fit.inside_window = True
         if not train(fit, window):
@@ -143,6 +157,8 @@ def settle(fit: Fit) -> None:
     Each task leaves the list when it is done: validation before `on_validation_end`, where checkpoints are saved.
     """
     progress = fit.progress
+    if progress.due == ["stopped"]:  # in the middle of an epoch, with which a run of higher limits goes on
+        progress.due = []
     while progress.due:
         if progress.due[0] == "validation":
             progress.validated_at = progress.total_batches
@@ -162,7 +178,7 @@ def finish_epoch(fit: Fit, whole: bool) -> None:
     fit.metrics.finish_epoch(progress.global_step, progress.epoch, progress.samples, keep=not whole)
     if whole:
         fit.schedulers.run("epoch_monitored", progress)
-        progress.due = ["next_epoch"]
+    progress.due = ["next_epoch" if whole else "stopped"]
     for hook in fit.hooks.on_train_epoch_end_acting:
         hook()
     if whole:

@@ -297,6 +297,7 @@ class Metrics:
             "logged": list(self._reduced_logged),
             "bar": dict(self._reduced_bar),
             "point_step": self._point_step,
+            "published": self._published_window >= window,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], module: nn.Module) -> None:
@@ -315,6 +316,8 @@ class Metrics:
         self._reduced_logged.update((name, self._reduced[name]) for name in state["logged"])
         self._reduced_bar.update(state["bar"])
         self._point_step = state["point_step"]
+        if state.get("published"):
+            self._published_window = self.window
 
     def merge_epoch(self, others: Sequence[Mapping[str, Any]], keep: bool) -> None:
         """Add what other ranks had logged when they were more or fewer; without `keep`, forget this rank's share."""

@@ -33,6 +33,7 @@ from .schedules import Schedulers, ValidationTimes
 from .state import Limits, Progress, RunningStage, TrainerFn, TrainerStatus
 from .stepping import Stepper, needs_closure
 from .streamed_data import StreamedData
+from .switches import put_switches, switches
 from .windows import DataSettings
 
 if TYPE_CHECKING:
@@ -177,10 +178,11 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         run_state.check_resumable(checkpoint, str(trainer.ckpt_path))
         _take_seed(trainer, checkpoint["paceline"]["seed"])
         run_state.restore_weights(trainer, checkpoint)  # what the data module and callbacks know, before the loaders
-    trainer.progress = Progress()
+    trainer.progress = Progress(epoch=_epoch_of_loaders(trainer, checkpoint))
     _make_optimizers(trainer, module)
     data = trainer.load_train_data()
     check_same_data(trainer, data)
+    validation = _validation(trainer, module, val_loaders)
     if checkpoint is not None:
         data.adopt(checkpoint["paceline"]["data"])
         run_state.restore_progress(trainer, checkpoint)
@@ -190,7 +192,6 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         arguments.max_epochs, arguments.max_steps, arguments.max_seconds, arguments.min_epochs, arguments.min_steps
     )
 
-    validation = _validation(trainer, module, val_loaders)
     fit = Fit(
         strategy=strategy,
         hooks=hooks,
@@ -206,7 +207,7 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
         validation=ValidationTimes(
             validation is not None, arguments.val_check_interval, arguments.check_val_every_n_epoch, strategy
         ),
-        start_streams=lambda: _start_streams(trainer, checkpoint),
+        take_up=lambda: _take_up(trainer, checkpoint),
         reload_data=lambda: _reload_data(trainer, fit, module),
         prepare_epoch=lambda: _prepare_epoch(trainer, fit, module),
         validate=trainer.validate_inside_fit,
@@ -221,14 +222,24 @@ def prepare_fit(trainer: Trainer, module: Module, val_loaders: Any) -> Fit:
     fit.stepper = Stepper(fit, module, trainer.optimizers, *clipping)
     fit.data, fit.num_batches = data, data.num_batches
     trainer.say_what_was_chosen()
+    trainer.switches_at_start = switches(module)
     call(hooks.on_fit_start)
-    if validation is not None:
+    if validation is not None and checkpoint is None:  # a resumed run had its check: hooks would count a second one
         _sanity_check(trainer, validation)
     if checkpoint is not None:
         run_state.restore_metrics(trainer, checkpoint)
         run_state.restore_optimizers(trainer, checkpoint)
     limits.start()
     return fit
+
+
+def _epoch_of_loaders(trainer: Trainer, checkpoint: dict[str, Any] | None) -> int:
+    """The epoch in which the loaders that a resumed run goes on with were made: the hooks may look at it."""
+    every = trainer.arguments.reload_dataloaders_every_n_epochs
+    if checkpoint is None or not every:
+        return 0
+    epoch = int(checkpoint["loops"]["epoch"])
+    return epoch - epoch % every
 
 
 def _make_optimizers(trainer: Trainer, module: Module) -> None:
@@ -262,8 +273,12 @@ def _control(trainer: Trainer, limits: Limits) -> Control:
     return Control(trainer.strategy, wish, agree_to_stop)
 
 
-def _start_streams(trainer: Trainer, checkpoint: dict[str, Any] | None) -> None:
-    """From here on every rank draws from its own random stream: the saved one, or one derived anew."""
+def _take_up(trainer: Trainer, checkpoint: dict[str, Any] | None) -> None:
+    """The last of what a checkpoint holds; from here on every rank draws from its own random stream."""
+    if checkpoint is not None:
+        put_switches(trainer.lightning_module, checkpoint["paceline"].get("switches", {}))
+        trainer.strategy.wrap()  # it would clear the gradients later
+        run_state.restore_gradients(trainer, checkpoint)
     if checkpoint is None or not run_state.restore_randomness(trainer, checkpoint):
         derive_stream_of_rank(trainer.seed, trainer.progress.global_step, trainer.strategy.rank)
 
@@ -404,13 +419,12 @@ def _sanity_check(trainer: Trainer, validation: Evaluation) -> None:
     if batches == 0 or trainer.arguments.fast_dev_run:
         return
     before, trainer.state.stage = trainer.state.stage, RunningStage.SANITY_CHECKING
-    due, trainer.progress.due = trainer.progress.due, []  # a validation that a resumed run has left to do is another
     with isolated():
         call(trainer.hooks.on_sanity_check_start)
         evaluate(validation, float("inf") if batches == -1 else batches)
         call(trainer.hooks.on_sanity_check_end)
     trainer.metrics.forget()
-    trainer.state.stage, trainer.progress.due = before, due
+    trainer.state.stage = before
 
 
 def _validation(trainer: Trainer, module: Module, loaders: Any) -> Evaluation | None:

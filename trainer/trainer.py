@@ -140,6 +140,7 @@ class Trainer(TrainerProperties):
         self.fit_run: Fit | None = None
         self.validation: Evaluation | None = None
         self.before_validation: BeforeValidation | None = None
+        self.switches_at_start: dict[str, bool] = {}
         self.evaluation: Evaluation | None = None
         self.batch_counts: dict[str, list[int | float]] = {}
         self.reloads_train = self.reloads_val = True

@@ -96,6 +96,38 @@ class TwoPlayers(Classifier):
         self.log("train_loss", loss, on_step=True, on_epoch=True)
 
 
+class AccumulatesByHand(TwoPlayers):
+    """Manual optimization that steps after every second batch, whatever the epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((self.current_epoch, batch_idx, batch[2].tolist()))
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        if self.trainer.progress.total_batches % 2:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+
+
+class Switches(Classifier):
+    """Hooks freeze layers, change their modes, and count the validations and the ends of training."""
+
+    def __init__(self, optimizers: Callable[[pl.Module], Any]) -> None:
+        super().__init__(optimizers)
+        self.register_buffer("counted", torch.zeros(2))
+
+    def on_train_epoch_start(self) -> None:
+        self.net[0].requires_grad_(self.current_epoch != 1)
+        self.net[3].train(self.current_epoch == 1)
+
+    def on_validation_epoch_end(self) -> None:
+        self.counted[0] += 1
+
+    def on_train_end(self) -> None:
+        self.counted[1] += 1
+
+
 class FromTwo(Classifier):
     """Batches of two loaders of different lengths, as `CombinedLoader` puts them together, are one."""
 
@@ -122,6 +154,12 @@ def _sgd_by_step(module: pl.Module) -> Any:
 def _adam_by_epoch(module: pl.Module) -> Any:
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05, amsgrad=True)
     return [optimizer], [lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+def _milestones(module: pl.Module) -> Any:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    parts = [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4), lr_scheduler.MultiStepLR(optimizer, [2, 5, 5], 0.5)]
+    return [optimizer], [{"scheduler": lr_scheduler.SequentialLR(optimizer, parts, [4]), "interval": "step"}]
 
 
 def _two(module: pl.Module) -> Any:
@@ -154,6 +192,8 @@ CASES = {
     "fp16": Case(_sgd_by_step, {"precision": "16-mixed"}),
     "early_stopping": Case(_adam, {"max_epochs": 9}, lambda: [EarlyStopping("val_loss", patience=1, min_delta=0.01)]),
     "manual": Case(_two, {}, module=TwoPlayers),
+    "manual_accumulated": Case(_two, {}, module=AccumulatesByHand),
+    "switched": Case(_milestones, {"max_steps": 14, "val_check_interval": 3}, module=Switches),
     "averaged": Case(_adam_by_epoch, {}, _averaged),
     "min_size": Case(_adam_by_epoch, {"accumulate_grad_batches": 2}, module=FromTwo, combined="min_size"),
     "max_size": Case(_adam_by_epoch, module=FromTwo, combined="max_size"),

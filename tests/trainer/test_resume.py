@@ -17,8 +17,8 @@ from paceline.errors import CheckpointError, ConfigurationError
 
 from helpers import resumable
 from helpers.ranks import run_ranks
-from helpers.resumable import CASES, SAMPLES, Case, Noisy, Outcome, every_save, run, same, saved_in
-from helpers.tiny import tiny_trainer
+from helpers.resumable import CASES, SAMPLES, Case, Classifier, Noisy, Outcome, every_save, run, same, saved_in
+from helpers.tiny import assert_same, tiny_trainer
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,6 +87,34 @@ def test_a_resumed_run_reads_the_samples_that_it_trains_and_no_others(
     read.clear()
     resumed = run("sgd_momentum_by_step", tmp_path / "resumed", saves.best_model_path, max_epochs=1)
     assert read == [index for _, _, batch in resumed.seen for index in batch] and len(read) == 20
+
+
+class OfEpoch(Classifier):
+    """Its loaders hold other samples for every epoch in which they are made."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Noisy(8 + 4 * self.current_epoch), 4, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Noisy(4 + 4 * self.current_epoch), 4)
+
+
+def test_loaders_that_were_made_for_an_epoch_are_made_for_that_epoch_again(tmp_path: Path) -> None:
+    def train(folder: Path, ckpt_path: str | None = None) -> OfEpoch:
+        pl.seed_everything(7, verbose=False)
+        saves = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
+        settings = {"callbacks": saves, "enable_checkpointing": True, "reload_dataloaders_every_n_epochs": 2}
+        module = OfEpoch(CASES["adam_by_epoch"].optimizers)
+        tiny_trainer(max_epochs=4, **settings).fit(module, ckpt_path=ckpt_path)
+        return module
+
+    whole = train(tmp_path / "whole")
+    paths = sorted((tmp_path / "whole").iterdir())
+    assert len(paths) == 12
+    for path in paths:
+        resumed = train(tmp_path / "resumed" / path.name, str(path))
+        assert str(resumed.seen) == str(whole.seen[len(whole.seen) - len(resumed.seen) :])
+        assert_same(resumed, whole)
 
 
 class Reads(pl.Module):

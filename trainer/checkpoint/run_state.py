@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...errors import CheckpointError
+from ..hooks import overridden
+from ..module import Module
 from ..rng import random_state, restore_random_state
 from ..state import Progress
+from ..switches import changed_since
 from .boxes import is_sharded
 from .load import load
 from .optimizer import load_optimizer_state_by_name, optimizer_state_by_name
@@ -23,7 +27,6 @@ from .saver import FollowUp
 from .sharded import ShardedCheckpoint
 
 if TYPE_CHECKING:
-    from ..module import Module
     from ..trainer import Trainer
 
 
@@ -101,6 +104,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             "ranks": strategy.all_gather_object(_of_rank(trainer)),
             "scaler": strategy.scaler.state_dict() if strategy.scaler is not None else None,
             "schedulers": _kinds(trainer),
+            "gradients": _gradients(module),
+            "switches": changed_since(trainer.switches_at_start, module),
         }
         if trainer.datamodule is not None:
             checkpoint["datamodule_hyper_parameters"] = trainer.datamodule._hparams_to_store()
@@ -112,6 +117,13 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             callback.on_save_checkpoint(trainer, module, checkpoint)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+def _gradients(module: Module) -> dict[str, Any]:
+    """The gradients by the name of their parameter, where the next window does not begin without any."""
+    if module.automatic_optimization and not overridden(module, "optimizer_zero_grad", Module):
+        return {}
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
 @dataclasses.dataclass
@@ -186,7 +198,8 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 def restore_progress(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """The counters; before the hooks that read them."""
-    progress = trainer.progress = Progress(**checkpoint["loops"])
+    progress = trainer.progress
+    vars(progress).update(vars(Progress(**checkpoint["loops"])))  # the validation that is set up has it already
     if progress.due == ["next_epoch"]:
         progress.end_epoch()
     assert trainer.train_data is not None
@@ -209,9 +222,19 @@ def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     _check_alike("learning-rate schedulers", checkpoint["paceline"]["schedulers"], _kinds(trainer))
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
         if state is not None:
-            config.scheduler.load_state_dict(state)
+            config.scheduler.load_state_dict(_like(config.scheduler.state_dict(), state))
     if trainer.strategy.scaler is not None and checkpoint["paceline"]["scaler"] is not None:
         trainer.strategy.scaler.load_state_dict(checkpoint["paceline"]["scaler"])
+
+
+def _like(now: Any, saved: Any) -> Any:
+    """`saved` with the dict subclasses that `now` has, such as MultiStepLR's Counter: checkpoints hold plain dicts."""
+    if isinstance(now, dict) and isinstance(saved, dict):
+        items = {key: _like(now.get(key), item) for key, item in saved.items()}
+        return type(now)(items) if isinstance(now, Counter) else items
+    if isinstance(now, list) and isinstance(saved, list):
+        return [_like(*pair) for pair in zip(now, saved, strict=False)] + saved[len(now) :]
+    return saved
 
 
 def _kinds(trainer: Trainer) -> list[str]:
@@ -225,6 +248,14 @@ def _check_alike(what: str, saved: Any, now: Any) -> None:
             f"The {what} of the checkpoint: {saved}, what configure_optimizers gives now: {now}. Configure the same, "
             "or start from the weights alone."
         )
+
+
+def restore_gradients(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Those that the user's own accumulation has not used yet; after all that clears gradients."""
+    gradients = checkpoint["paceline"].get("gradients", {})
+    for name, parameter in trainer.lightning_module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter.device)
 
 
 def restore_metrics(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
