@@ -6,7 +6,7 @@
     data             plan, data, streamed_data, evaluation_data, loaders, iterables, combined, positions, prefetch,
                      fingerprint
     what is logged   metrics, entries, reduction, metric_objects
-    checkpoints      checkpoint/, verify
+    checkpoints      checkpoint/, switches, verify
     processes        launch, agent, meeting, signals, faults, verdict, rank_zero
     the command      cli, cli_checkpoint, estimating
 
