@@ -323,15 +323,11 @@ class Module(HyperParameters, DataHooks, nn.Module):
 
     def freeze(self) -> None:
         """No parameter needs gradients; evaluation mode."""
-        for parameter in self.parameters():
-            parameter.requires_grad = False
-        self.eval()
+        self.requires_grad_(False).eval()
 
     def unfreeze(self) -> None:
         """Every parameter needs gradients; training mode."""
-        for parameter in self.parameters():
-            parameter.requires_grad = True
-        self.train()
+        self.requires_grad_(True).train()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0, above the progress bar."""

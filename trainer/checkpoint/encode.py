@@ -206,30 +206,26 @@ def _refusal(value: Any, path: _Path) -> CheckpointError:
     )
 
 
+#: What to store in the place of a value, by its type; the first that fits.
+_ADVICE: tuple[tuple[Any, str], ...] = (
+    (enum.Enum, "store its .value or .name"),
+    ((set, frozenset), "store sorted(...) of it as a list"),
+    ((bytes, bytearray, memoryview), "store text, or a uint8 tensor"),
+    ((os.PathLike, torch.dtype, torch.device), "store str(...) of it"),
+    (complex, "store its real and imaginary parts"),
+    (torch.Generator, "store its get_state()"),
+    *((kind, f"store {kind.__name__}(...) of it") for kind in (tuple, str, int, float, list)),
+)
+
+
 def _advice(value: Any) -> str:
     """What to store in the place of `value`."""
-    if isinstance(value, enum.Enum):
-        return "store its .value or .name"
-    if isinstance(value, (set, frozenset)):
-        return "store sorted(...) of it as a list"
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return "store text, or a uint8 tensor"
-    if isinstance(value, (os.PathLike, torch.dtype, torch.device)):
-        return "store str(...) of it"
-    if isinstance(value, complex):
-        return "store its real and imaginary parts"
-    if isinstance(value, torch.Generator):
-        return "store its get_state()"
-    if isinstance(value, tuple):
-        return "store tuple(...) of it"
-    for plain in (str, int, float, list):
-        if isinstance(value, plain):
-            return f"store {plain.__name__}(...) of it"
+    if advice := next((advice for kind, advice in _ADVICE if isinstance(value, kind)), None):
+        return advice
     if hasattr(value, "state_dict"):
         return "store its state_dict()"
-    if callable(value):
-        return "leave it out, and make it anew when the state is loaded"
-    return "store plain values made from it, and make it anew when the state is loaded"
+    anew = "make it anew when the state is loaded"
+    return f"leave it out, and {anew}" if callable(value) else f"store plain values made from it, and {anew}"
 
 
 def _render(path: _Path) -> str:
