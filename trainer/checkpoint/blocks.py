@@ -146,6 +146,14 @@ class BlockReader:
         self._position = start + len(view)
 
 
+def read_small(storage: Storage, path: str, limit: int, record: FileRecord | None = None) -> bytes:
+    """All of a file; CheckpointError for one of more than `limit` bytes."""
+    with BlockReader(storage, path, record) as reader:
+        if reader.size > limit:
+            raise CheckpointError(f"{path} has {reader.size} bytes, more than any save writes.")
+        return bytes(reader.read(0, reader.size))
+
+
 def _cut(buffers: Iterable[memoryview], block_bytes: int) -> Iterator[memoryview]:
     """The same bytes in pieces that cross no block's boundary; empty ones are left out."""
     position = 0

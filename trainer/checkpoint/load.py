@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .blocks import BlockReader, FileRecord
+from .blocks import BlockReader, FileRecord, read_small
 from .boxes import as_sharded, box_of, new_like, replicated
 from .encode import decode, tensor_names
 from .index import Box, Index, Part, TensorRecord, merge
@@ -165,10 +165,8 @@ class Loaded:
         return self._storage.join(self.path, file)
 
     def _json(self, name: str) -> Any:
-        with BlockReader(self._storage, self._where(name), self.manifest.files[name]) as reader:
-            if reader.size > TREE_LIMIT_BYTES:
-                raise CheckpointError(f"{reader.path} has {reader.size} bytes, more than any save writes.")
-            return read_json(bytes(reader.read(0, reader.size)), reader.path)
+        where = self._where(name)
+        return read_json(read_small(self._storage, where, TREE_LIMIT_BYTES, self.manifest.files[name]), where)
 
     @cached_property
     def _index(self) -> Index:

@@ -20,7 +20,7 @@ import torch
 
 from ... import __version__
 from ...errors import CheckpointError, CheckpointNotFoundError
-from .blocks import BLOCK_BYTES, BlockReader, FileRecord
+from .blocks import BLOCK_BYTES, FileRecord, read_small
 from .encode import decode, encode
 from .pointer import resolve_pointer
 from .storage import Storage, reading, storage_of
@@ -95,10 +95,7 @@ def manifest_in(storage: Storage, folder: str) -> Manifest:
     if is_temporary(storage.split(folder)[1]):
         raise CheckpointError(f"{folder} is a save that never finished. Use another checkpoint.")
     where = storage.join(folder, MANIFEST)
-    with BlockReader(storage, _existing(storage, folder, where)) as reader:
-        if reader.size > MANIFEST_LIMIT_BYTES:
-            raise CheckpointError(f"{where} has {reader.size} bytes, more than any save writes.")
-        record = read_json(bytes(reader.read(0, reader.size)), where)
+    record = read_json(read_small(storage, _existing(storage, folder, where), MANIFEST_LIMIT_BYTES), where)
     if take(record, "format", str, where) != FORMAT or take(record, "format_version", int, where) != VERSION:
         raise CheckpointError(
             f"{where} is of the format {short(record['format'])} version {short(record['format_version'])}; this "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..rank_zero import rank_zero_warn
+from .blocks import read_small
 from .boxes import as_sharded, box_of, is_sharded
 from .index import Box, TensorRecord
 from .load import Files, load
@@ -160,11 +161,7 @@ def _names_in(storage: Storage, folder: str) -> list[str]:
 
 def _by_index(storage: Storage, folder: str, name: str) -> tuple[Files, dict[str, TensorRecord]]:
     where = storage.join(folder, name)
-    with storage.open(where) as file:
-        data = file.read(MANIFEST_LIMIT_BYTES + 1)
-    if len(data) > MANIFEST_LIMIT_BYTES:
-        raise CheckpointError(f"{where} is larger than any index.")
-    places = take(read_json(data, where), "weight_map", dict, where)
+    places = take(read_json(read_small(storage, where, MANIFEST_LIMIT_BYTES), where), "weight_map", dict, where)
     for file_name in places.values():
         if type(file_name) is not str or not _PLAIN_NAME.fullmatch(file_name):
             raise CheckpointError(f"{where} names {file_name!r:.200}, which is no .safetensors file beside it.")
