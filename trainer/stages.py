@@ -39,6 +39,7 @@ from .windows import DataSettings
 if TYPE_CHECKING:
     from .trainer import Trainer
 
+_TRANSFERS = "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"
 _EVALUATION = {"validate": ("validation", "val"), "test": ("test", "test"), "predict": ("predict", "predict")}
 
 
@@ -348,13 +349,8 @@ def _device_stream(trainer: Trainer, module: Module, loader: Any) -> Callable[[I
 
 
 def _transfer_hooks(trainer: Trainer, module: Module) -> dict[str, Callable[..., Any]]:
-    """The transfer hooks that a user overrode; those of the data module go before the module's."""
-    found: dict[str, Callable[..., Any]] = {}
-    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-        for owner in (module, trainer.datamodule):
-            if overridden(owner, name, DataHooks):
-                found[name] = getattr(owner, name)
-    return found
+    """The transfer hooks that a user overrode."""
+    return {name: hook for name in _TRANSFERS if (hook := _data_hook(trainer, module, name)) is not None}
 
 
 def make_transfer(trainer: Trainer, module: Module, dataloader_idx: int) -> Callable[[Any], Any] | None:
@@ -362,9 +358,7 @@ def make_transfer(trainer: Trainer, module: Module, dataloader_idx: int) -> Call
     strategy, own = trainer.strategy, _transfer_hooks(trainer, module)
     if not own and strategy.device.type == "cpu" and strategy.precision.parameters is None:
         return None
-    before, by_user, after = (
-        own.get(name) for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    )
+    before, by_user, after = map(own.get, _TRANSFERS)
 
     def transfer(batch: Any) -> Any:
         if before is not None:
@@ -432,7 +426,7 @@ def _validation(trainer: Trainer, module: Module, loaders: Any) -> Evaluation | 
     trainer.validation = None
     trainer.batch_counts["validation"] = []
     has_step = overridden(module, "validation_step", Module)
-    has_data = loaders is not None or _loader_hook(trainer, module, "val_dataloader") is not None
+    has_data = loaders is not None or _data_hook(trainer, module, "val_dataloader") is not None
     if trainer.arguments.limit_of("val") == 0 or not (has_step or has_data):
         return None
     if has_step != has_data:
@@ -491,15 +485,15 @@ def prepare_call(trainer: Trainer, module: Module, fn: str, loaders: Any) -> Eva
 
 
 # --- where loaders come from -----------------------------------------------------------------------------------
-def _loader_hook(trainer: Trainer, module: Module, name: str) -> Callable[[], Any] | None:
-    """That of the data module, or else the module's."""
+def _data_hook(trainer: Trainer, module: Module, name: str) -> Callable[..., Any] | None:
+    """That of the data module, or else the module's, where one overrides it."""
     owners = (owner for owner in (trainer.datamodule, module) if overridden(owner, name, DataHooks))
     return next((getattr(owner, name) for owner in owners), None)
 
 
 def _from_hooks(trainer: Trainer, module: Module, name: str) -> Any:
     """The loaders that the data module or the module makes."""
-    if hook := _loader_hook(trainer, module, name):
+    if hook := _data_hook(trainer, module, name):
         return hook()
     what = name.removesuffix("_dataloader")
     raise ConfigurationError(
