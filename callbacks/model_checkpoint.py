@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
 from ..trainer.agreed_clock import AgreedClock
 from ..trainer.argument_types import checked_types
 from ..trainer.callback import Callback
-from ..trainer.checkpoint import is_checkpoint, remove, resolve_pointer, write_pointer
+from ..trainer.checkpoint import is_checkpoint, read_manifest, remove, resolve_pointer, write_pointer
 from ..trainer.checkpoint.run_state import reserve_memory
 from ..trainer.checkpoint.saver import FollowUp
 from ..trainer.checkpoint.storage import storage_of
@@ -49,6 +49,7 @@ _NOTED = [
     "_last_checkpoint_saved",
     "_last_global_step_saved",
     "_retired",
+    "_runs",
 ]
 
 
@@ -135,6 +136,7 @@ class ModelCheckpoint(Callback):
         self._last_global_step_saved = 0  # before the first update there is nothing to save
         self._last_step_seen = 0
         self._retired: list[str] = []
+        self._runs: list[str] = []  # this run and those that it goes on from: what they saved is ours to remove
         self._waits_for_validation = self._training = False
         self._watch = Watch()
 
@@ -263,6 +265,8 @@ class ModelCheckpoint(Callback):
     def _act(self, trainer: Trainer, due: bool, always: bool = False, to_go_on: bool = False) -> None:
         """Save if this is one of the best, or for `save_last`; on every rank."""
         trainer.settle_saves()  # what became of the last one is known before anything is decided
+        if trainer.run_id not in self._runs:
+            self._runs = [*self._runs, trainer.run_id]
         metrics = self._candidates(trainer)
         is_top = due and self._is_top(trainer, metrics)
         if not (is_top or self.save_last or always):
@@ -291,7 +295,7 @@ class ModelCheckpoint(Callback):
 
         def then(saved: str) -> None:
             """On rank 0, once it is durable: point `last` to it and remove what it replaced."""
-            if pointer:
+            if pointer and self._is_ours(pointer):
                 write_pointer(pointer, saved)
             for old in removable:
                 self._remove_checkpoint(old)
@@ -383,7 +387,8 @@ class ModelCheckpoint(Callback):
             self._retired = []
         elif is_checkpoint(self._last_checkpoint_saved):
             stale = self.save_last and resolve_pointer(self.last_model_path) != self._last_target
-            if stale and self._last_target == self._last_checkpoint_saved:  # a kill came between the two
+            cut_between = stale and self._last_target == self._last_checkpoint_saved
+            if cut_between and self._is_ours(self.last_model_path):
                 write_pointer(self.last_model_path, self._last_target)
             # What this process resumed from stays while it runs; it is removed after the next resume.
             removable = [path for path in self._retired if path not in (trainer.ckpt_path, self._last_checkpoint_saved)]
@@ -392,12 +397,21 @@ class ModelCheckpoint(Callback):
                 self._retired.remove(path)
 
     def _remove_checkpoint(self, path: str) -> None:
-        """Remove a checkpoint or a pointer of ours, if it is still there."""
+        """Remove a checkpoint or a pointer, if it is still there and still ours."""
         storage, place = storage_of(path)
+        if not self._is_ours(path):
+            return
         if is_checkpoint(path):
             remove(path)
         elif storage.is_file(place):
             storage.remove(place)
+
+    def _is_ours(self, path: str) -> bool:
+        """False where another run saved the checkpoint `path`, or what it points to."""
+        try:
+            return read_manifest(path).meta.get("run") in self._runs
+        except CheckpointError:
+            return True  # nothing valid is there
 
     def _message(self, trainer: Trainer, path: str, is_top: bool) -> str:
         where = f"Epoch {trainer.current_epoch}, global step {trainer.global_step}"
@@ -429,10 +443,16 @@ class ModelCheckpoint(Callback):
         storage, place = storage_of(filepath)
         return bool(trainer.strategy.broadcast_object(trainer.is_global_zero and storage.exists(place)))
 
+    def _is_our_pointer(self, path: str, trainer: Trainer) -> bool:
+        """False also where a run that began at the same time has taken its name."""
+        if path != self.last_model_path:
+            return False
+        return bool(trainer.strategy.broadcast_object(trainer.is_global_zero and self._is_ours(path)))
+
     def _first_free(self, trainer: Trainer, metrics: dict[str, Tensor], filename: str) -> str:
         """Where a checkpoint goes, or `last` points from: its own pointer again, but never another run's."""
         path, version = self.format_checkpoint_name(metrics, filename), self.STARTING_VERSION
-        while path != self.last_model_path and self.file_exists(path, trainer):
+        while self.file_exists(path, trainer) and not self._is_our_pointer(path, trainer):
             path = self.format_checkpoint_name(metrics, filename, version)
             version += 1
         return path

@@ -7,6 +7,7 @@ happens around them is `stages.py`. What user code reads of a trainer is in `pro
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -146,6 +147,7 @@ class Trainer(TrainerProperties):
         self.reloads_train = self.reloads_val = True
         self._wanted_weights: list[WeightsRequest] = []
         self.run_folder: str | None = None
+        self.run_id = secrets.token_hex(8)  # in every checkpoint, on rank 0: whose it is
         self._folder_lock: FolderLock | None = None
         self.set_callbacks(_with_defaults(callbacks, logger, profiler, self.arguments))
 

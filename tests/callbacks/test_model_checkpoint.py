@@ -20,6 +20,7 @@ from paceline.callbacks.checkpoint_names import format_name
 from paceline.callbacks.top_k import best, comparable, qualifies, worst
 from paceline.errors import ConfigurationError
 from paceline.trainer.agreed_clock import AgreedClock, steps_to_wait
+from paceline.trainer.checkpoint import resolve_pointer
 
 from helpers.callback_runs import BATCHES, Scripted, loader, trainer
 from helpers.ranks import run_ranks
@@ -348,6 +349,41 @@ def test_one_object_in_two_trainers_leaves_the_first_runs_checkpoints_alone(tmp_
         trainer(tmp_path, callback, max_epochs=1).fit(Scripted(), loader())
     for version in (0, 1):
         assert saved(tmp_path / f"version_{version}" / "checkpoints") == [f"epoch=0-step={BATCHES}.ckpt"]
+
+
+def test_a_resumed_run_leaves_what_another_run_saved_under_a_name_that_it_had_given_up(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+
+    def train(steps: int, ckpt_path: str | None = None) -> None:
+        callback = ModelCheckpoint(folder, "{step}", every_n_train_steps=1)
+        trainer(tmp_path, callback, max_steps=steps).fit(Scripted(), loader(), ckpt_path=ckpt_path)
+
+    train(2)
+    train(1)  # step=1 is a free name again
+    train(4, str(folder / "step=2.ckpt"))
+    assert saved(folder) == ["step=1.ckpt", "step=2.ckpt", "step=4.ckpt"]  # 2: what this process resumed from
+    train(5, str(folder / "step=4.ckpt"))
+    assert saved(folder) == ["step=1.ckpt", "step=4.ckpt", "step=5.ckpt"]
+
+
+def test_runs_that_save_at_once_do_not_take_each_others_names(tmp_path: Path) -> None:
+    def last() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, "mine", every_n_train_steps=1, save_last=True)
+
+    inner, outer = last(), last()
+
+    class Meanwhile(Callback):
+        """Another run, from the choice of the first names to the writing."""
+
+        def on_save_checkpoint(self, run: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+            if run.global_step == 1:
+                trainer(tmp_path, inner, max_steps=1).fit(Scripted(), loader())
+
+    trainer(tmp_path, Meanwhile(), outer, max_steps=3).fit(Scripted(), loader())
+    assert inner.last_model_path != outer.last_model_path
+    for callback, step in ((inner, 1), (outer, 3)):
+        assert global_step(resolve_pointer(callback.last_model_path)) == step
+        assert global_step(callback.best_model_path) == step
 
 
 def test_a_resumed_run_goes_on_with_the_best_of_before(tmp_path: Path) -> None:

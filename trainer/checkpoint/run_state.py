@@ -49,6 +49,7 @@ def save_checkpoint(
                     "epoch": trainer.current_epoch,
                     "world_size": trainer.world_size,
                     "weights_only": weights_only,
+                    "run": trainer.run_id,
                 },
                 rank=trainer.global_rank,
             )
