@@ -24,7 +24,7 @@ from .base import Strategy, register_strategy
 from .blocks import described, find_blocks, named_blocks, without_shared
 from .cluster import Cluster
 from .estimate import gb
-from .initialise import initialise, views_of
+from .initialise import attributes_of, initialise, views_of
 from .precision import Precision
 from .recording import Recording
 from .same_use import SameUse
@@ -143,7 +143,7 @@ class FSDP(Strategy):
             return
         check_module(module, self)
         meta = sharding.is_meta(module)
-        views = views_of(module, self._recording)
+        views, attributes = views_of(module, self._recording), attributes_of(module, self._recording)
         module.to(dtype=precision.parameters)
         by_hand = not getattr(module, "automatic_optimization", True)
         self._roots = children_with_parameters(module) if by_hand else [Steps(module)]
@@ -152,8 +152,11 @@ class FSDP(Strategy):
         if meta:
             device = torch.device("cpu") if self.cpu_offload else self.device
             self._recording.start = self.broadcast_object(self._recording.start)
-            initialise(module, device, self._recording, views, self.filled_later)
+            initialise(module, device, self._recording, views, attributes, self.filled_later)
             self._recording = Recording()
+        for part in module.modules():
+            if not any(True for _ in part.parameters()):
+                part.to(self.device)  # a metric moves its state itself
         if self.rank == 0:
             print(self._told(module, blocks, meta), flush=True)
         take_whole_state(module)

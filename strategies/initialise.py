@@ -25,15 +25,37 @@ def views_of(module: nn.Module, recording: Recording) -> dict[str, View]:
     return {name: recording.view(tensor) for name, tensor in _tensors(module).items() if tensor.is_meta}
 
 
+def attributes_of(module: nn.Module, recording: Recording) -> list[tuple[nn.Module, str, Any]]:
+    """(part, name, value) of the other attributes that hold tensors of the meta device, as metrics do, with what these
+    stand for in their place; what needs gradients follows from parameters, and is left to the module."""
+
+    def noted(item: Any) -> Any:
+        if isinstance(item, torch.device):
+            return torch.device("cpu") if item.type == "meta" else item
+        is_value = item.is_meta and not item.requires_grad and not isinstance(item, nn.Parameter)
+        return recording.view(item) if is_value else item
+
+    found = []
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                tree = tree_map_only((Tensor, torch.device), noted, value)
+                if any(old is not new for old, new in zip(tree_leaves(value), tree_leaves(tree), strict=True)):
+                    found.append((part, name, tree))
+    return found
+
+
 @torch.no_grad()
 def initialise(
     module: nn.Module,
     device: torch.device,
     recording: Recording,
     views: Mapping[str, View],
+    attributes: list[tuple[nn.Module, str, Any]],
     filled_later: Container[str] = (),
 ) -> None:
-    """Give the sharded `module` its values, on `device`; all but those of the names in `filled_later`.
+    """Give the sharded `module` its values, on `device`; all but those of the names in `filled_later`. `attributes`
+    stay in host memory.
 
     The generators of all ranks must be in one state, and are in one afterwards.
     Raises ConfigurationError for a parameter or buffer that nothing initialises, by name.
@@ -47,20 +69,27 @@ def initialise(
     later = {view.memory for name, view in views.items() if name in filled_later} - names.keys()
     lost = {name for held in names.values() for name in held}
 
+    others = {leaf for _, _, tree in attributes for leaf in tree_leaves(tree) if isinstance(leaf, View)}
+    values: dict[View, Tensor] = {}
+
     def keep(memory: int, storage: torch.UntypedStorage, blank: bool) -> None:
-        for name in names[memory]:
+        values.update({view: view.of(storage).clone() for view in others if view.memory == memory})
+        for name in names.get(memory, ()):
             value = views[name].of(storage)
             if not (blank and _has_marks(value)):
                 lost.discard(name)
             _keep(tensors[name], value)
 
-    repeat(recording, set(names), later, keep)
+    repeat(recording, names.keys() | {view.memory for view in others}, later, keep)
+    for part, name, tree in attributes:
+        if all(leaf in values for leaf in tree_leaves(tree) if isinstance(leaf, View)):
+            setattr(part, name, tree_map_only(View, values.__getitem__, tree))
     if lost:
         first = min(lost)
         owner = type(module.get_submodule(first.rpartition(".")[0])).__name__.removeprefix("FSDP")
-        others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise ConfigurationError(
-            f"{first!r}{others} was built on the meta device and nothing initialises it. Give it values where {owner} "
+            f"{first!r}{more} was built on the meta device and nothing initialises it. Give it values where {owner} "
             "makes it, in configure_model; or build the model in __init__, which costs every rank the memory of the "
             "whole model."
         )

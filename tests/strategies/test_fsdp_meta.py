@@ -116,6 +116,29 @@ class Seeded(Late):
         nn.init.sparse_(self.last.weight, 0.5)
 
 
+class Table(nn.Module):
+    """Values that are neither parameters nor buffers, as metrics have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = {"all": [torch.rand(WIDTH)]}
+        self.made_on = torch.get_default_device()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.rows = {"all": [fn(self.rows["all"][0])]}
+        fn(torch.zeros(1, device=self.made_on))
+        return super()._apply(fn, recurse)
+
+
+class Tabulated(Late):
+    def build(self) -> None:
+        super().build()
+        self.table = Table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.table.rows["all"][0].sum()
+
+
 class Loaded(Late):
     """Weights that are there when the model is built."""
 
@@ -176,6 +199,7 @@ def fit_late(kind: type[Late], options: dict[str, Any], strategy: str | None, **
         (Copied, {}),
         (Seeded, {}),
         (Loaded, {}),
+        (Tabulated, {}),
     ],
 )
 @pytest.mark.parametrize(("strategy", "ranks"), [("fsdp", 2), ("fsdp", 3), ("hsdp", 2)])
