@@ -289,7 +289,6 @@ class ModelCheckpoint(Callback):
 
         # What this process resumed from stays while it runs; it is removed after the next resume.
         removable = [old for old in self._retired if old != trainer.ckpt_path]
-        pointer = self.last_model_path if self.save_last else ""
         if to_go_on and not self.save_last:
             self._retired.append(path)
 

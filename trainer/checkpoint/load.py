@@ -9,11 +9,10 @@ keeping anything.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -61,8 +60,7 @@ def verify(path: str | os.PathLike[str], deep: bool = True) -> list[str]:
     problems = _listing_problems(storage, folder, manifest)
     if not problems:
         loaded = Loaded(storage, folder, manifest, torch.device("cpu"))
-        checks = [loaded.check_structure, *(loaded.checks_of_bytes() if deep else ())]
-        for check in checks:
+        for check in (loaded.check_structure, *(partial(loaded.check_bytes, name) for name in manifest.files if deep)):
             problems += _problem(check)
     return list(dict.fromkeys(problems))
 
@@ -152,13 +150,9 @@ class Loaded:
                 if unnamed:
                     raise CheckpointError(f"{self._where(file)} holds {min(unnamed)!r:.200}, which no index names.")
 
-    def checks_of_bytes(self) -> Iterator[Callable[[], None]]:
-        """A check for each file, which reads it and raises CheckpointError if it was altered."""
-        for name, record in self.manifest.files.items():
-            yield functools.partial(self._check_bytes, name, record)
-
-    def _check_bytes(self, name: str, record: FileRecord) -> None:
-        with BlockReader(self._storage, self._where(name), record) as reader:
+    def check_bytes(self, name: str) -> None:
+        """Read all of a file; CheckpointError if it was altered."""
+        with BlockReader(self._storage, self._where(name), self.manifest.files[name]) as reader:
             reader.verify()
 
     def _where(self, file: str) -> str:
@@ -191,7 +185,8 @@ class Loaded:
     def _read(self, name: str, only: set[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The tensors of a part, or only some of them."""
         part = self._part(name)
-        wanted = {k: v for k, v in part.tensors.items() if only is None or k in only or _has_alias(part, k, only)}
+        chosen = set(part.tensors) if only is None else {part.aliases.get(name, name) for name in only}
+        wanted = {name: record for name, record in part.tensors.items() if name in chosen}
         with self._files() as files:
             tensors = {name: tensor.to(device) for name, tensor in files.read(wanted).items()}
         return tensors | {alias: tensors[other] for alias, other in part.aliases.items() if other in tensors}
@@ -335,10 +330,6 @@ def _places(part: Part, records: Mapping[str, TensorRecord], files: Files) -> It
         for box in tensor.boxes:
             files.place(tensor, name, box)
             yield box.file, box.key
-
-
-def _has_alias(part: Part, name: str, only: set[str]) -> bool:
-    return any(other == name and alias in only for alias, other in part.aliases.items())
 
 
 def _is_tensors(file: str) -> bool:
