@@ -60,8 +60,9 @@ def verify(path: str | os.PathLike[str], deep: bool = True) -> list[str]:
     problems = _listing_problems(storage, folder, manifest)
     if not problems:
         loaded = Loaded(storage, folder, manifest, torch.device("cpu"))
-        for check in (loaded.check_structure, *(partial(loaded.check_bytes, name) for name in manifest.files if deep)):
-            problems += _problem(check)
+        problems += _problem(loaded.check_structure)
+        for name in manifest.files if deep else ():
+            problems += _problem(partial(loaded.check_bytes, name))
     return list(dict.fromkeys(problems))
 
 
