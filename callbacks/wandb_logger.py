@@ -148,22 +148,12 @@ class WandbLogger(Logger):
         dataframe: Any = None,
         step: int | None = None,
     ) -> None:
-        """A table, of rows under `columns` or of a data frame."""
+        """A table, of rows under `columns` or of a data frame; texts are logged as one, too."""
         import wandb
 
         self._log_media({key: wandb.Table(columns=columns, data=data, dataframe=dataframe)}, step)
 
-    @rank_zero_only
-    def log_text(
-        self,
-        key: str,
-        columns: list[str | int] | None = None,
-        data: list[list[str]] | None = None,
-        dataframe: Any = None,
-        step: int | None = None,
-    ) -> None:
-        """Texts, as a table."""
-        self.log_table(key, columns, data, dataframe, step)
+    log_text = log_table
 
     @rank_zero_only
     def log_image(self, key: str, images: Sequence[Any], step: int | None = None, **options: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, SequentialSampler
 
-from ..errors import ConfigurationError, WrongTypeError
+from ..errors import ConfigurationError
 from .combined import CombinedLoader
 from .loaders import (
     IndexBatches,
@@ -27,6 +27,7 @@ from .loaders import (
     is_plain_shuffle,
     length_of,
     let_go,
+    require_iterable,
     resolve_limit,
     seed_of,
     set_epoch,
@@ -257,11 +258,7 @@ def training_data(loaders: Any, strategy: Strategy, settings: DataSettings) -> P
         loaders = CombinedLoader(loaders, "max_size_cycle")
     if isinstance(loaders, CombinedLoader):
         return _combined_data(loaders, strategy, settings)
-    if not hasattr(loaders, "__iter__") and not hasattr(loaders, "__getitem__"):
-        raise WrongTypeError(
-            f"The training loader is a {type(loaders).__name__}, which cannot be iterated. Pass a DataLoader "
-            "or any iterable of batches."
-        )
+    require_iterable(loaders, "The training loader")
     if settings.take_over and can_be_taken_over(loaders):
         if loaders.batch_sampler is None:  # batch_size=None: the data set makes the batches
             _refuse_global_batch_size(settings, "batch_size=None")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..errors import ConfigurationError, WrongTypeError
+from ..errors import ConfigurationError
 from .combined import CombinedLoader
 from .iterables import begin_stream, deals_by_rank, length_of_stream, sharded
 from .loaders import (
@@ -27,6 +27,7 @@ from .loaders import (
     is_map_style,
     is_plain_shuffle,
     let_go,
+    require_iterable,
     resolve_limit,
     set_epoch,
     shards_itself,
@@ -62,11 +63,7 @@ class EvaluationData:
     def __init__(
         self, loader: Any, strategy: Strategy, seed: int, limit: Any, argument: str, take_over: bool = True
     ) -> None:
-        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise WrongTypeError(
-                f"An evaluation loader is a {type(loader).__name__}, which cannot be iterated. Pass a DataLoader or "
-                "any iterable of batches."
-            )
+        require_iterable(loader, "An evaluation loader")
         self.user_loader = sharded(loader, 0, 1) if take_over else loader
         self._share = None if self.user_loader is loader or isinstance(loader, CombinedLoader) else self.user_loader
         self._strategy = strategy

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, WrongTypeError
 from .plan import mix_seed
 from .rng import Place, arrive_at, isolated
 from .signals import WorkerStart
@@ -92,6 +92,15 @@ class IndexBatches:
 
     def __len__(self) -> int:
         return self.count
+
+
+def require_iterable(loader: Any, what: str) -> None:
+    """WrongTypeError for `what` that is no loader."""
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise WrongTypeError(
+            f"{what} is a {type(loader).__name__}, which cannot be iterated. Pass a DataLoader or any iterable of "
+            "batches."
+        )
 
 
 def can_be_taken_over(loader: Any) -> bool:
