@@ -66,7 +66,7 @@ def initialise(
     for name, view in views.items():
         if name not in filled_later:
             names.setdefault(view.memory, []).append(name)
-    later = {view.memory for name, view in views.items() if name in filled_later} - names.keys()
+    spare = any(name in filled_later for name in views)
     lost = {name for held in names.values() for name in held}
 
     others = {leaf for _, _, tree in attributes for leaf in tree_leaves(tree) if isinstance(leaf, View)}
@@ -80,7 +80,7 @@ def initialise(
                 lost.discard(name)
             _keep(tensors[name], value)
 
-    repeat(recording, names.keys() | {view.memory for view in others}, later, keep)
+    repeat(recording, names.keys() | {view.memory for view in others}, spare, keep)
     for part, name, tree in attributes:
         if all(leaf in values for leaf in tree_leaves(tree) if isinstance(leaf, View)):
             setattr(part, name, tree_map_only(View, values.__getitem__, tree))
@@ -96,13 +96,14 @@ def initialise(
 
 
 def repeat(
-    recording: Recording, wanted: set[int], later: set[int], keep: Callable[[int, torch.UntypedStorage, bool], None]
+    recording: Recording, wanted: set[int], spare: bool, keep: Callable[[int, torch.UntypedStorage, bool], None]
 ) -> None:
-    """Call `keep` with each wanted memory when it has its last value, and whether it was made without any; nothing is
-    drawn for what is only filled `later`."""
+    """Call `keep` with each wanted memory when it has its last value, and whether it was made without any. Nothing is
+    drawn if `spare` and nothing that is wanted is random: what is, depends on all that was drawn before."""
     needed = _needed(recording.operations, wanted)
     held: dict[int, torch.UntypedStorage] = {}
     blank = set[int]()
+    drawn = not spare or any(operation.random for operation in recording.operations if id(operation) in needed)
     stream: Tensor | None = None  # where the common stream stands while another one is drawn from
     torch.set_rng_state(recording.start)
     for state, operation in recording.seeded():
@@ -118,7 +119,7 @@ def repeat(
             _run(operation, held, recording.sizes)
             if operation.makes_blank:
                 blank |= operation.written
-        elif operation.random and not operation.written <= later:
+        elif operation.random and drawn:
             _run(operation, {}, recording.sizes)
         for memory in needed.get(id(operation), ()):
             if memory in wanted:

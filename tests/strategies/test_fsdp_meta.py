@@ -250,7 +250,7 @@ def peak_of_drawing(width: int) -> tuple[int, float]:
     before = in_memory("VmRSS")
     wanted = {view.memory for view in views_of(stack, recording).values()}
     drawn: list[int] = []
-    repeat(recording, wanted, set(), lambda memory, *_: drawn.append(memory))
+    repeat(recording, wanted, False, lambda memory, *_: drawn.append(memory))
     return len(drawn), (in_memory("VmHWM") - before) / (4 * width * width)
 
 

@@ -136,6 +136,28 @@ def test_what_will_be_loaded_is_not_drawn_before(tmp_path: Path) -> None:
     assert run_ranks(sum_of_loaded, 2, str(tmp_path / "m.safetensors")) == [22.0, 22.0]
 
 
+class NewHead(Late):
+    """A layer that the file lacks, drawn after those that it has."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.last = nn.Linear(6, 1)
+
+
+def test_a_new_head_on_loaded_layers_starts_as_on_one_process(tmp_path: Path) -> None:
+    blocks = {n.removeprefix("blocks."): t for n, t in source().items() if n.startswith("blocks.")}
+    save_file(blocks, path := tmp_path / "blocks.safetensors")
+    for weights in run_ranks(with_new_head, 2, str(path), "fsdp"):
+        assert_same(weights, with_new_head(str(path), None))
+
+
+def with_new_head(path: str, strategy: str | None) -> dict[str, Tensor]:
+    pl.seed_everything(3, verbose=False)
+    module = NewHead(path, prefix="blocks.", strict=False)
+    tiny_trainer(strategy=strategy_of(strategy, {})).fit(module, batches(8, 2))
+    return full_weights(module)
+
+
 def test_damaged_bytes_are_an_error_on_every_rank(tmp_path: Path) -> None:
     file = Path(write("ours", tmp_path), "model.safetensors")
     content = bytearray(file.read_bytes())
