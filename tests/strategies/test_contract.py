@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from paceline.errors import ConfigurationError
 from paceline.strategies import FSDP, ddp, single  # noqa: F401  registers them
 from paceline.strategies.base import STRATEGIES, Strategy
 from paceline.strategies.cluster import find_cluster
@@ -370,6 +371,19 @@ def exercise_broadcast_object(strategy: Strategy) -> Any:
 
 
 @exercise
+def exercise_from_rank_zero(strategy: Strategy) -> Any:
+    """What only rank 0 does, or fails to do, is known to all."""
+
+    def fail() -> None:
+        raise ConfigurationError(f"rank {strategy.rank}")
+
+    try:
+        strategy.from_rank_zero(fail)
+    except ConfigurationError as error:
+        return strategy.from_rank_zero(lambda: f"{strategy.rank} did it"), str(error)
+
+
+@exercise
 def exercise_all_gather_object(strategy: Strategy) -> Any:
     return strategy.all_gather_object(("rank", strategy.rank))
 
@@ -528,6 +542,7 @@ def test_collectives_give_every_rank_the_same(name: str, ranks: int) -> None:
     expect("barrier", name, ranks, lambda rank: None)
     expect("broadcast", name, ranks, lambda rank: ranks - 1)
     expect("broadcast_object", name, ranks, lambda rank: {"rank": ranks - 1})
+    expect("from_rank_zero", name, ranks, lambda rank: ("0 did it", "rank 0"))
     expect("all_gather_object", name, ranks, lambda rank: [("rank", other) for other in range(ranks)])
 
 
