@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..errors import ConfigurationError
+
 _OVERWRITE = {"normal_", "uniform_", "zero_", "fill_", "copy_", "_no_grad_trunc_normal_"}
 
 
@@ -93,6 +95,12 @@ class Recording(TorchDispatchMode):
         )
         on_meta = torch.device(kwargs.get("device") or "cpu").type == "meta" or any(map(_is_meta, given))
         if not (on_meta and all(map(_is_meta, changed))):
+            if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+                raise ConfigurationError(
+                    f"configure_model draws random numbers ({_name(func)}) for a tensor that was made on the CPU or by "
+                    "torch.tensor, before those of the layers, which are drawn when they are sharded. Make it by "
+                    "torch.empty without a device, draw with a generator of its own, or draw in __init__."
+                )
             return func(*args, **kwargs)
         out = func(*tree_map_only(Tensor, _to_meta, args), **tree_map_only(Tensor, _to_meta, kwargs))
         self.note(func, args, kwargs, changed, [item for item in tree_leaves(out) if isinstance(item, Tensor)])

@@ -169,6 +169,13 @@ class NeedsValues(Late):
             self.first.weight.data.neg_()
 
 
+class DrawsTooEarly(Late):
+    def build(self) -> None:
+        super().build()
+        self.scale = nn.Parameter(torch.tensor([1.0, 2.0]))
+        nn.init.normal_(self.scale)
+
+
 class NotesStart(pl.Callback):
     """Keeps the weights that training began with."""
 
@@ -232,6 +239,7 @@ def test_a_model_built_late_in_bfloat16_is_the_float_one_rounded() -> None:
     [
         (Forgotten, "'scale' was built on the meta device and nothing initialises it. Give it values where Forgotten"),
         (ForgottenInPart, "'blocks.1.mask' was built on the meta device"),
+        (DrawsTooEarly, "configure_model draws random numbers (normal_) for a tensor that was made on the CPU or by"),
         (NeedsValues, "configure_model reads values that are not there yet ("),
     ],
 )
