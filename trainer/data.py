@@ -25,6 +25,7 @@ from .loaders import (
     holds_loaders,
     is_map_style,
     is_plain_shuffle,
+    keeps_state_between_epochs,
     length_of,
     let_go,
     require_iterable,
@@ -60,6 +61,7 @@ class PlannedData:
         self._iterates_itself = type(loader).__iter__ is not DataLoader.__iter__
         self._dealt = draws_own_batches(loader)
         self._epoch = -1
+        self.next_drawn = 0  # the epoch that a sampler of the user's own draws next
         self._plan_key: object = None
         self._plan: EpochPlan
         self.to_device: ToDevice | None = None
@@ -207,6 +209,10 @@ class PlannedData:
 
     def _draw(self, epoch: int, length: int, alone: bool) -> list[Any]:
         source = source_of(self.user_loader)
+        if not alone and keeps_state_between_epochs(source):
+            for earlier in range(self.next_drawn, epoch):  # of a resumed run: no data is read
+                draw(source, self._seed, earlier, drawn_length(self.user_loader))
+            self.next_drawn = epoch + 1
         if alone:
             return draw(source, self._seed, epoch, length)
         return draw_alike(source, self._seed, epoch, length, self._strategy)

@@ -174,6 +174,15 @@ def _is_of_the_library(sampler: Any, name: str) -> bool:
     return type(sampler).__name__ == name and type(sampler).__module__.partition(".")[0] in ("torch", "torchdata")
 
 
+def keeps_state_between_epochs(sampler: Any) -> bool:
+    """True for a sampler that may count epochs itself or go on with a generator: nobody tells it the epoch."""
+    parts = (sampler, getattr(sampler, "sampler", None))
+    told = any(hasattr(part, "set_epoch") for part in parts)
+    return not told and any(
+        type(part).__module__.partition(".")[0] not in ("torch", "torchdata", "builtins") for part in parts
+    )
+
+
 def draw(sampler: Iterable[Any], seed: int, epoch: int, length: int) -> list[Any]:
     """What a user's sampler draws in `epoch`, which it was told: without touching the global streams."""
     with isolated(mix_seed(seed, epoch)), _generators_at(sampler, epoch):

@@ -319,6 +319,8 @@ def training_data_of(trainer: Trainer, module: Module, settings: DataSettings) -
     source = given if given is not None else _from_hooks(trainer, module, "train_dataloader")
     trainer.train_dataloader = source
     data = training_data(source, trainer.strategy, settings)
+    if isinstance(data, PlannedData):
+        data.next_drawn = trainer.progress.epoch
     data.to_device = _device_stream(trainer, module, data.user_loader)
     if data.num_batches == 0 and settings.limit != 0:  # raises where a limit cannot be kept
         rank_zero_warn(

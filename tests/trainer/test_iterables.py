@@ -525,3 +525,32 @@ def test_an_iterable_that_nobody_deals_is_read_by_every_rank_with_one_warning() 
     assert results == [3, 3]
     warned = ["Every rank reads the training loader (generator) as it comes" in output for output in results.outputs]
     assert warned == [True, False]
+
+
+class Nine(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(9.0))
+
+
+def test_a_run_resumed_after_a_short_last_window_has_counted_its_micro_batches(tmp_path: Path) -> None:
+    def train(ckpt_path: str | None = None) -> pl.Trainer:
+        saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = tiny_trainer(max_epochs=2, accumulate_grad_batches=2, callbacks=saves, enable_checkpointing=True)
+        trainer.fit(Summed(), DataLoader(Nine(), 3), ckpt_path=ckpt_path)
+        return trainer
+
+    counted = train().progress
+    assert counted.total_batches == 6
+    assert train(str(tmp_path / "step=2.ckpt")).progress == counted  # after the third of three, in windows of two
+
+
+class Summed(pl.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return (batch * self.weight).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 import paceline as pl
 from paceline.callbacks import Callback, ModelCheckpoint
@@ -87,6 +88,34 @@ def test_a_resumed_run_reads_the_samples_that_it_trains_and_no_others(
     read.clear()
     resumed = run("sgd_momentum_by_step", tmp_path / "resumed", saves.best_model_path, max_epochs=1)
     assert read == [index for _, _, batch in resumed.seen for index in batch] and len(read) == 20
+
+
+class Counts(Sampler[int]):
+    """Another order for each epoch, which nobody tells it."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self) -> Iterator[int]:
+        self.epochs += 1
+        return iter([(17 * self.epochs + 5 * number) % SAMPLES for number in range(SAMPLES)])
+
+
+def test_a_sampler_that_counts_epochs_itself_goes_on_where_it_was(tmp_path: Path) -> None:
+    def train(ckpt_path: str | None = None, **limits: Any) -> tuple[pl.Trainer, Classifier]:
+        module = Classifier(CASES["adam_by_epoch"].optimizers)
+        trainer = tiny_trainer(**limits)
+        trainer.fit(module, DataLoader(Noisy(), 9, sampler=Counts()), ckpt_path=ckpt_path)
+        return trainer, module
+
+    whole = train(max_epochs=4)[1].seen
+    assert whole[0][2] != whole[4][2]
+    for steps in (3, 4, 9):
+        path = train(max_steps=steps)[0].save_checkpoint(tmp_path / f"{steps}.ckpt")
+        assert train(path, max_epochs=4)[1].seen == whole[steps:]
 
 
 class OfEpoch(Classifier):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -205,9 +206,10 @@ def restore_progress(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         progress.end_epoch()
     assert trainer.train_data is not None
     trainer.train_data.set_epoch(progress.epoch)
-    batches = progress.windows_in_epoch * trainer.train_data.micro_batches
-    progress.batches_in_epoch = int(min(batches, trainer.train_data.num_batches))
     states = checkpoint["paceline"]["ranks"]
+    length = trainer.train_data.num_batches
+    if length != math.inf or len(states) != trainer.world_size:  # a stream's last window may have been a short one
+        progress.batches_in_epoch = int(min(progress.windows_in_epoch * trainer.train_data.micro_batches, length))
     if len(states) == trainer.world_size:
         trainer.train_data.find(states[trainer.global_rank].get("data"))
 
