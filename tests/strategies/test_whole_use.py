@@ -99,6 +99,23 @@ def test_a_block_that_is_gathered_by_hand_may_be_used_in_the_loss() -> None:
     assert_like_one_process(Unsharded)
 
 
+class GradientPenalty(Layered):
+    def loss(self, batch: Any) -> Tensor:
+        x = batch[0].requires_grad_()
+        (slope,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
+        return super().loss(batch) + slope.square().sum(1).mean()
+
+
+def fit_in_one_block() -> dict[str, Tensor]:
+    return trained(module=GradientPenalty(sgd=True, lr=0.01), strategy=FSDP(blocks=[]), **CUT)
+
+
+def test_gradients_of_gradients_are_exact_in_one_block() -> None:
+    one = trained(20, batch_size=8, module=GradientPenalty(sgd=True, lr=0.01))
+    for weights in run_ranks(fit_in_one_block, 2):
+        assert_same(weights, one, 1e-6)
+
+
 # --- parameters that only some ranks use ------------------------------------------------------------------------------
 class Experts(Layered):
     """Each sample goes to the expert of its sign."""
