@@ -149,7 +149,7 @@ class ModelCheckpoint(Callback):
     # --- when --------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if stage == "fit":
-            self._waits_for_validation = False
+            self._forget()  # a second fit is another run, or goes on with what its checkpoint says
             self._find_dirpath(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:

@@ -351,6 +351,16 @@ def test_one_object_in_two_trainers_leaves_the_first_runs_checkpoints_alone(tmp_
         assert saved(tmp_path / f"version_{version}" / "checkpoints") == [f"epoch=0-step={BATCHES}.ckpt"]
 
 
+def test_a_second_fit_of_one_trainer_saves_its_own_best(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path / "saved", monitor="val_score")
+    run = trainer(tmp_path, callback, max_epochs=1)
+    for score, name in ((1, f"epoch=0-step={BATCHES}.ckpt"), (2, f"epoch=0-step={BATCHES}-v1.ckpt")):
+        run.fit(Scripted([score]), loader(), loader(2))
+        assert callback.best_model_path == str(tmp_path / "saved" / name)
+        assert callback.best_model_score == score
+    assert len(saved(tmp_path / "saved")) == 2
+
+
 def test_a_resumed_run_leaves_what_another_run_saved_under_a_name_that_it_had_given_up(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
 
