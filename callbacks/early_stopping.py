@@ -79,9 +79,13 @@ class EarlyStopping(Callback):
         self._watch = Watch()
         self._resumed = False
 
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing was watched yet."""
         self.wait_count = 0
         self.stopped_epoch = 0
-        self.best_score = torch.tensor(torch.inf if mode == "min" else -torch.inf)
+        self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
 
@@ -97,6 +101,8 @@ class EarlyStopping(Callback):
     # --- when --------------------------------------------------------------------------------------------------
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         self._watch.start()
+        if stage == "fit":
+            self._forget()  # a second fit is another run, or goes on with what its checkpoint says
         if self._check_on_train_epoch_end is None:
             # Where validation runs once an epoch, the end of the epoch knows its metrics and the training's.
             self._check_on_train_epoch_end = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1

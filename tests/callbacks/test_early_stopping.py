@@ -45,6 +45,14 @@ def test_it_stops_when_it_should(tmp_path: Path, scores: list[float], arguments:
     assert callback.stopped_epoch == epochs - 1
 
 
+def test_a_second_fit_of_one_trainer_is_watched_anew(tmp_path: Path) -> None:
+    callback = EarlyStopping("val_score", patience=2)
+    run = trainer(tmp_path, callback, max_epochs=20)
+    for scores in ([1, 2, 2, 2], [5, 4, 4, 4]):
+        run.fit(Scripted(scores), loader(), loader(2))
+        assert run.current_epoch == len(scores) - (scores[0] == 1)
+
+
 def test_it_tells_where_it_stands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback = EarlyStopping("val_score", patience=2, verbose=True)
     with caplog.at_level("INFO", "paceline"):
