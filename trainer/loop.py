@@ -74,20 +74,18 @@ def fit(fit: Fit) -> None:
 
     A run that was cut after its last step does what was left: validation, the end of the epoch, `on_train_end`.
     """
-    progress = fit.progress
     over = is_over(fit)
-    if fit.data.num_batches == 0 or (over and progress.total_batches == 0):
+    if fit.data.num_batches == 0 or (over and fit.progress.total_batches == 0):
         return
-    cut_in_epoch = progress.batches_in_epoch > 0 and progress.due != ["stopped"]
     for hook in fit.hooks.on_train_start:
         hook()
     fit.take_up()
-    while cut_in_epoch or not over:
-        cut_in_epoch = False
+    go_on = not over or fit.progress.cut_in_epoch
+    while go_on:
         if not train_epoch(fit):
             rank_zero_warn("Training ends: an epoch had no batch. The loader is empty, or can be iterated only once.")
             break
-        over = is_over(fit)
+        go_on = not is_over(fit)
     fit.metrics.deliver(wait=True)
     for hook in fit.hooks.on_train_end:
         hook()

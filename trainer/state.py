@@ -84,6 +84,11 @@ class Progress:
         """Micro-batches of one rank in all epochs."""
         return self.earlier_batches + self.batches_in_epoch
 
+    @property
+    def cut_in_epoch(self) -> bool:
+        """In a run that resumes: it was cut in the middle of an epoch, and did not stop there of itself."""
+        return self.batches_in_epoch > 0 and self.due != ["stopped"]
+
     def end_epoch(self) -> None:
         """The epoch under way is finished."""
         self.epoch += 1
