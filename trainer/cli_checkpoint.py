@@ -113,7 +113,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
     path, left_out = import_lightning(arguments.source, arguments.target)
     if left_out and not arguments.json:
-        print(f"Left out, since reading it would execute code: {', '.join(left_out)}")
+        print(f"Left out, since it names no weights, or reading it would execute code: {', '.join(left_out)}")
     return _told(arguments, path, left_out=left_out)
 
 
@@ -147,12 +147,13 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*head, box=box.SIMPLE, show_header=any(head))
     for column in table.columns:
         column.overflow = "fold"
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))  # a str's [brackets] are markup
     Console(soft_wrap=False).print(table)
 
 

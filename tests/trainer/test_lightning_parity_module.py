@@ -177,6 +177,11 @@ def test_a_module_made_from_a_checkpoint_sees_all_that_was_saved_with_it() -> No
     assert made.layer.bias.item() == 7
 
 
+def test_a_module_made_from_a_checkpoint_is_on_the_device_asked_for() -> None:
+    made = Layered.load_from_checkpoint(saved(Layered()), map_location="meta")
+    assert all(parameter.is_meta for parameter in made.parameters())
+
+
 def test_a_module_may_say_that_it_loads_parts() -> None:
     class Grown(Layered):
         def configure_model(self) -> None:

@@ -42,12 +42,12 @@ class Weights:
     read_state: Callable[[], Any] = dict
 
 
-def load_weights_of(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Weights:
+def load_weights_of(path: str | os.PathLike[str]) -> Weights:
     """The weights in a checkpoint folder, a `.safetensors` file, or a file of `torch.save`; nothing is executed."""
     place = resolve_pointer(path)
     storage, place = storage_of(place)
     if not storage.is_file(place):
-        loaded = load(place, device)
+        loaded = load(place)
         hyper_parameters = loaded.state_item("hyper_parameters")
         return Weights(
             loaded.model,
@@ -57,11 +57,11 @@ def load_weights_of(path: str | os.PathLike[str], device: str | torch.device = "
             read_state=lambda: loaded.state,
         )
     if place.endswith(".safetensors"):
-        return Weights({name: tensor.to(device) for name, tensor in read_safetensors(storage, place).items()})
-    return _from_torch(place, *_unpickle(storage, place, torch.device(device)))
+        return Weights(read_safetensors(storage, place))
+    return _from_torch(place, *_unpickle(storage, place))
 
 
-def _from_torch(path: str, content: Any, replaced: list[Any]) -> Weights:
+def _from_torch(path: str, content: Any, unread: Callable[[Any], bool]) -> Weights:
     """The weights in what `torch.save` wrote: Lightning's dict, or a state dict itself."""
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -75,27 +75,39 @@ def _from_torch(path: str, content: Any, replaced: list[Any]) -> Weights:
         )
     hyper_parameters = content.get("hyper_parameters") if state_dict is not content else None
     left_out: list[str] = []
-    kept = _without(hyper_parameters or {}, {id(item) for item in replaced}, "", left_out)
+    kept = _without(hyper_parameters, unread, "", left_out) if isinstance(hyper_parameters, dict) else {}
     name = content.get("hparams_name") if state_dict is not content else None
     extra = {key: content[key] for key in ("epoch", "global_step", "optimizer_states") if key in content}
     return Weights(
         dict(state_dict),
-        kept if isinstance(kept, dict) else {},
+        kept,
         left_out,
         hparams_name=name,
         extra=extra if state_dict is not content else {},
     )
 
 
-def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, list[Any]]:
-    """What torch's weights-only reader makes of a file, and the objects in it that only stand in for others."""
-    replaced: list[Any] = []
+def _unpickle(storage: Storage, path: str) -> tuple[Any, Callable[[Any], bool]]:
+    """What torch's weights-only reader makes of a file, and what tells whether a value in it could not be read."""
+    replaced: dict[int, Any] = {}
+
+    class Attributes(dict[str, Any]):
+        def update(self, *_: Any, **__: Any) -> None:
+            """Take what the reader gives the object to be restored from, which may be anything."""
 
     class StandIn:
         def __new__(cls, *_: Any, **__: Any) -> Any:
             made: OrderedDict[Any, Any] = OrderedDict()  # the reader fills nothing but plain dicts
-            replaced.append(made)
+            made.__dict__ = Attributes()
+            replaced[id(made)] = made
             return made
+
+    def unread(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(map(unread, value))
+        if isinstance(value, dict):  # a stand-in that was filled was a dict of a class unknown here
+            return (id(value) in replaced and not value) or any(map(unread, value.values()))
+        return value is StandIn
 
     try:
         with io.BufferedReader(storage.open(path)) as file:  # type: ignore[type-var]  # IO[bytes] is as raw as it needs
@@ -103,7 +115,7 @@ def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, l
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
             file.seek(0)
             with torch.serialization.safe_globals([(StandIn, name) for name in unknown]):
-                return torch.load(file, map_location=device, weights_only=True), replaced
+                return torch.load(file, map_location="cpu", weights_only=True), unread
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -123,15 +135,15 @@ def _unpickle(storage: Storage, path: str, device: torch.device) -> tuple[Any, l
         ) from error
 
 
-def _without(value: Any, replaced: set[int], path: str, left_out: list[str]) -> Any:
-    """`value` without the empty stand-ins in its dicts; one that was filled was a dict of a class unknown here."""
-    if not isinstance(value, dict):
-        return value
+def _without(value: dict[Any, Any], unread: Callable[[Any], bool], path: str, left_out: list[str]) -> dict[Any, Any]:
+    """`value` without what could not be read; the innermost dict's key is what is left out."""
     kept = {}
     for key, item in value.items():
         name = f"{path}.{key}" if path else str(key)
-        if id(item) in replaced and not item:
+        if isinstance(item, dict) and item:
+            kept[key] = _without(item, unread, name, left_out)
+        elif unread(item):
             left_out.append(name)
         else:
-            kept[key] = _without(item, replaced, name, left_out)
+            kept[key] = item
     return kept

@@ -19,6 +19,7 @@ from .convert import load_weights_of
 from .find import is_checkpoint
 from .index import Piece, without_aliases
 from .load import load
+from .pointer import resolve_pointer
 from .save import file_buffers, save
 from .storage import reading, storage_of, writing
 from .strict_json import take_count
@@ -66,8 +67,8 @@ def export(
 
 
 def import_lightning(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[str, list[str]]:
-    """Write a checkpoint from a Lightning `.ckpt`; its path, and the hyper-parameters that could not be read."""
-    if is_checkpoint(source):
+    """Write a checkpoint from a Lightning `.ckpt`; its path, and what of it could not be read."""
+    if is_checkpoint(resolve_pointer(source)):
         raise CheckpointError(f"{os.fspath(source)} is a checkpoint of ours already; `consolidate` copies one.")
     weights = load_weights_of(source)
     content = weights.extra
@@ -84,7 +85,7 @@ def import_lightning(source: str | os.PathLike[str], target: str | os.PathLike[s
     }
     known = optimizers and all(optimizers)
     saved = save(target, model=weights.state_dict, optimizer=optimizers if known else None, state=state, meta=meta)
-    return saved, weights.left_out
+    return saved, weights.left_out + (["optimizer_states"] if held and not known else [])
 
 
 def _by_name(state: Any, names: list[str], weights: Mapping[str, Any]) -> dict[str, Any] | None:

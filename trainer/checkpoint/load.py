@@ -32,19 +32,18 @@ from .tensors import PREFIX_BYTES, Entry, bytes_of, empty_host_tensor, header_le
 _TREES = ("extra", "optimizer", "state")
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Loaded:
+def load(path: str | os.PathLike[str]) -> Loaded:
     """Open the checkpoint at `path` (also a pointer, or without its `.ckpt`).
 
-    Weights go to `device`; the rest stays in host memory, where random generators and optimizers want it. Raises
-    CheckpointError, here or when a part is first read, for whatever is missing, extra, cut, altered or of another
-    version.
+    Tensors are read into host memory. Raises CheckpointError, here or when a part is first read, for whatever is
+    missing, extra, cut, altered or of another version.
     """
     storage, folder = storage_of(resolve_pointer(path))
     manifest = manifest_in(storage, folder)
     problems = _listing_problems(storage, folder, manifest)
     if problems:
         raise CheckpointError(f"{folder}: {problems[0]}. Use another checkpoint.")
-    return Loaded(storage, folder, manifest, torch.device(device))
+    return Loaded(storage, folder, manifest)
 
 
 def verify(path: str | os.PathLike[str], deep: bool = True) -> list[str]:
@@ -59,7 +58,7 @@ def verify(path: str | os.PathLike[str], deep: bool = True) -> list[str]:
         return [str(error)]
     problems = _listing_problems(storage, folder, manifest)
     if not problems:
-        loaded = Loaded(storage, folder, manifest, torch.device("cpu"))
+        loaded = Loaded(storage, folder, manifest)
         problems += _problem(loaded.check_structure)
         for name in manifest.files if deep else ():
             problems += _problem(partial(loaded.check_bytes, name))
@@ -72,17 +71,16 @@ class Loaded:
     `optimizer` and `state` are None in a checkpoint of weights alone; `meta` and `manifest` are read already.
     """
 
-    def __init__(self, storage: Storage, folder: str, manifest: Manifest, device: torch.device) -> None:
+    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
         self.path = folder
         self.manifest = manifest
         self.meta = manifest.meta
         self._storage = storage
-        self._device = device
 
     @cached_property
     def model(self) -> dict[str, Any]:
         """The model's state dict; tied weights are one tensor under several names."""
-        return self._read("model", device=self._device) | self.extra()
+        return self._read("model") | self.extra()
 
     @cached_property
     def optimizer(self) -> Any:
@@ -183,13 +181,13 @@ class Loaded:
     def _files(self) -> contextlib.closing[Files]:
         return contextlib.closing(Files(self._storage, self.path, self.manifest.files))
 
-    def _read(self, name: str, only: set[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def _read(self, name: str, only: set[str] | None = None) -> dict[str, Tensor]:
         """The tensors of a part, or only some of them."""
         part = self._part(name)
         chosen = set(part.tensors) if only is None else {part.aliases.get(name, name) for name in only}
         wanted = {name: record for name, record in part.tensors.items() if name in chosen}
         with self._files() as files:
-            tensors = {name: tensor.to(device) for name, tensor in files.read(wanted).items()}
+            tensors = files.read(wanted)
         return tensors | {alias: tensors[other] for alias, other in part.aliases.items() if other in tensors}
 
 

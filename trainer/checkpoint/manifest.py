@@ -115,7 +115,7 @@ def _existing(storage: Storage, folder: str, where: str) -> str:
     if is_file:
         raise CheckpointError(
             f"{folder} is a file, and a checkpoint is a folder. The weights of a .ckpt, .pt or .safetensors file are "
-            f"read by load_from_checkpoint."
+            f"read by Module.load_from_checkpoint."
         )
     if exists:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is no checkpoint, or a save that never finished.")

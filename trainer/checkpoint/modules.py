@@ -25,7 +25,7 @@ def load_module(
     overrides: dict[str, Any],
 ) -> Any:
     """A `cls` made from the hyper-parameters at `path` and `overrides`, with the weights at `path`."""
-    weights = load_weights_of(path, map_location if isinstance(map_location, (str, torch.device)) else "cpu")
+    weights = load_weights_of(path)
     stored = dict(weights.hyper_parameters) | _from_file(hparams_file)
     if weights.left_out:
         rank_zero_warn(f"{path}: {', '.join(weights.left_out)} could not be read without executing code; left out.")
@@ -36,7 +36,7 @@ def load_module(
         checkpoint = {**weights.extra, **weights.read_state(), **checkpoint}
         module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
-    return module
+    return module.to(map_location) if isinstance(map_location, (str, int, torch.device)) else module
 
 
 def load_datamodule(

@@ -49,7 +49,7 @@ def looks_like(head: bytes) -> str:
 def take(record: Any, key: str, kind: type[_T], where: str) -> _T:
     """`record[key]`, which must be exactly of type `kind`."""
     if type(record) is not dict:
-        raise CheckpointError(f"{where} holds {short(record)} where an object with {key!r} was expected.")
+        raise CheckpointError(f"{where} is {short(record)}, expected an object with {key!r}.")
     value = record.get(key)
     if type(value) is not kind:
         raise CheckpointError(f"{where}: {key!r} is {short(value)}, expected {kind.__name__}.")

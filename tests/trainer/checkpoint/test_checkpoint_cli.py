@@ -42,6 +42,17 @@ def test_ls_lists_what_is_below_a_folder(runs: Path, capsys: pytest.CaptureFixtu
     assert "whole" in capsys.readouterr().out
 
 
+def test_names_in_brackets_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save("[red] run [bold]", model={"w[/b]": torch.ones(2)}, meta={"global_step": 1, "epoch": 0})
+    main(["checkpoint", "ls", "."])
+    main(["checkpoint", "show", "[red] run [bold].ckpt"])
+    printed = capsys.readouterr().out
+    assert "[red] run [bold].ckpt" in printed and "w[/b]" in printed
+
+
 def test_show_tells_facts_and_tensors(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = said(capsys, "show", saved_in(runs)[1])
     assert told["step"] == 2 and told["version of torch"].startswith("2.")
@@ -150,9 +161,12 @@ def test_import_reads_a_lightning_checkpoint(tmp_path: Path, capsys: pytest.Capt
         {"optimizer_states": [{"state": {}, "param_groups": [{"params": ["a", 0]}]}]},
     ],
 )
-def test_import_leaves_out_optimizers_that_make_no_sense(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_import_leaves_out_optimizers_that_make_no_sense(
+    tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": 3, **change}, tmp_path / "theirs.ckpt")
-    assert main(["checkpoint", "import", str(tmp_path / "theirs.ckpt"), str(tmp_path / "ours")]) == 0
+    told = said(capsys, "import", tmp_path / "theirs.ckpt", tmp_path / "ours")
+    assert told["left_out"] == ["optimizer_states"]
     loaded = load(tmp_path / "ours.ckpt")
     assert loaded.optimizer is None and loaded.meta["global_step"] == 3
 
@@ -188,6 +202,7 @@ def test_ls_follows_a_pointer_and_tells_what_is_no_checkpoint(
         ("export x.ckpt config.json", "config.json/model.safetensors could not be written"),
         ("export x.ckpt out --prefix z.", "no weight whose name begins with 'z.'"),
         ("import x.ckpt y", "x.ckpt is a checkpoint of ours already"),
+        ("import last y", "last is a checkpoint of ours already"),
         ("import config.json y", "config.json cannot be read as weights"),
         ("import odd.ckpt y", "odd.ckpt: 'epoch' is 'x', expected int"),
     ],
@@ -196,7 +211,7 @@ def test_what_cannot_be_done_is_told_in_one_line(
     words: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save("x", model={"w": torch.ones(2)}, meta={"global_step": 1, "epoch": 0})
+    write_pointer("last.ckpt", save("x", model={"w": torch.ones(2)}, meta={"global_step": 1, "epoch": 0}))
     Path("config.json").write_text("{}")
     torch.save({"state_dict": {"w": torch.ones(2)}, "epoch": "x"}, "odd.ckpt")
     assert main(["checkpoint", *words.split()]) == 1

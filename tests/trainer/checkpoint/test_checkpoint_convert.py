@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import pathlib
 from collections import OrderedDict
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -83,13 +85,18 @@ def test_a_lightning_checkpoint_is_read_with_the_hyper_parameters_that_survive(t
             arguments=argparse.Namespace(x=1),
             folder=pathlib.PurePosixPath("/data"),
             unknown=Unknown(),
+            number=np.float64(0.5),
+            partial=functools.partial(torch.nn.Linear, 3),
+            layer_class=Unknown,
+            several=[{"a": Unknown()}, 1],
         ),
     }
     torch.save(content, tmp_path / "lightning.ckpt")
     read = load_weights_of(tmp_path / "lightning.ckpt")
     assert_weights(read.state_dict)
     assert read.hyper_parameters == {"lr": 0.1, "sizes": [1, 2], "nested": {"a": 1}}
-    assert sorted(read.left_out) == ["arguments", "folder", "nested.path", "unknown"]
+    unread = ["arguments", "folder", "layer_class", "nested.path", "number", "partial", "several", "unknown"]
+    assert sorted(read.left_out) == unread
 
 
 @pytest.mark.parametrize("old_format", [False, True])

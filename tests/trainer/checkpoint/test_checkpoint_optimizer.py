@@ -136,7 +136,7 @@ def test_state_on_a_gpu_goes_on_to_the_bit_and_also_loads_on_the_cpu(
     )
     resumed = network(seed=1).to(resume_on)
     other = make(resumed, resume_on == "cuda")
-    loaded = load(path, device=resume_on)
+    loaded = load(path)
     resumed.load_state_dict(loaded.model)
     load_optimizer_state_by_name(other, loaded.optimizer, dict(resumed.named_parameters()))
     gpu_steps(resumed, other, resume_on)
