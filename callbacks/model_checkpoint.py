@@ -274,6 +274,8 @@ class ModelCheckpoint(Callback):
         path = self._first_free(trainer, metrics, ("suspended-" if to_go_on else "") + self._template)
         pointer = self._first_free(trainer, metrics, self.CHECKPOINT_NAME_LAST) if self.save_last else ""
         before, undo = self._kept(), self._noted()
+        if self.monitor is None and self.save_top_k == -1:  # what was saved as one of the best stays
+            before = [old for old in before if old != self.best_model_path]
         if is_top:
             self._note_top(path, metrics)
         if self.save_last:
@@ -408,9 +410,10 @@ class ModelCheckpoint(Callback):
     def _is_ours(self, path: str) -> bool:
         """False where another run saved the checkpoint `path`, or what it points to."""
         try:
-            return read_manifest(path).meta.get("run") in self._runs
+            run = read_manifest(path).meta.get("run")
         except CheckpointError:
             return True  # nothing valid is there
+        return run is None or run in self._runs  # None: saved before checkpoints said whose they are
 
     def _message(self, trainer: Trainer, path: str, is_top: bool) -> str:
         where = f"Epoch {trainer.current_epoch}, global step {trainer.global_step}"

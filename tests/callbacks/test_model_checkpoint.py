@@ -7,6 +7,7 @@ import json
 import math
 import os
 import uuid
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from paceline.callbacks.top_k import best, comparable, qualifies, worst
 from paceline.errors import ConfigurationError
 from paceline.trainer.agreed_clock import AgreedClock, steps_to_wait
 from paceline.trainer.checkpoint import resolve_pointer
+from paceline.trainer.checkpoint.strict_json import write_json
 
 from helpers.callback_runs import BATCHES, Scripted, loader, trainer
 from helpers.ranks import run_ranks
@@ -169,6 +171,14 @@ def test_save_top_k_counts(tmp_path: Path, save_top_k: int, count: int) -> None:
         callback = ModelCheckpoint(folder, monitor=monitor, save_top_k=save_top_k)
         trainer(tmp_path, callback, max_epochs=4).fit(Scripted([4, 3, 2, 1]), loader(), loader(2))
         assert len(saved(folder)) == count
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_all_are_kept_beside_last_and_what_only_last_pointed_to_goes(tmp_path: Path, every: int) -> None:
+    callback = ModelCheckpoint(tmp_path / "saved", "{epoch}", every_n_epochs=every, save_top_k=-1, save_last=True)
+    trainer(tmp_path, callback, max_epochs=5).fit(Scripted(), loader())
+    kept = {every - 1 + every * number for number in range(5 // every)} | {4}
+    assert saved(tmp_path / "saved") == [*(f"epoch={epoch}.ckpt" for epoch in sorted(kept)), "last.ckpt"]
 
 
 def test_nan_does_not_replace_a_number(tmp_path: Path) -> None:
@@ -374,6 +384,23 @@ def test_a_resumed_run_leaves_what_another_run_saved_under_a_name_that_it_had_gi
     assert saved(folder) == ["step=1.ckpt", "step=2.ckpt", "step=4.ckpt"]  # 2: what this process resumed from
     train(5, str(folder / "step=4.ckpt"))
     assert saved(folder) == ["step=1.ckpt", "step=4.ckpt", "step=5.ckpt"]
+
+
+def test_a_resumed_run_replaces_what_was_saved_before_checkpoints_said_whose_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+
+    def train(steps: int, ckpt_path: str | None = None) -> None:
+        callback = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_last=True)
+        trainer(tmp_path, callback, max_steps=steps).fit(Scripted(), loader(), ckpt_path=ckpt_path)
+
+    train(1)
+    manifest = folder / "step=1.ckpt" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    del record["meta"]["run"], record["crc32"]
+    manifest.write_bytes(write_json({**record, "crc32": zlib.crc32(write_json(record))}))
+    train(2, str(folder / "step=1.ckpt"))
+    train(3, str(folder / "step=2.ckpt"))
+    assert saved(folder) == ["last.ckpt", "step=2.ckpt", "step=3.ckpt"]
 
 
 def test_runs_that_save_at_once_do_not_take_each_others_names(tmp_path: Path) -> None:
