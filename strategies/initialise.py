@@ -103,28 +103,31 @@ def repeat(
     needed = _needed(recording.operations, wanted)
     held: dict[int, torch.UntypedStorage] = {}
     blank = set[int]()
-    drawn = not spare or any(operation.random for operation in recording.operations if id(operation) in needed)
-    stream: Tensor | None = None  # where the common stream stands while another one is drawn from
-    torch.set_rng_state(recording.start)
-    for state, operation in recording.seeded():
+    drawn = not spare or any(operation.draws_from for operation in recording.operations if id(operation) in needed)
+    states = {0: recording.start}  # of the generators, where they are put back to
+
+    def put(generator: torch.Generator, state: Tensor | int | None) -> None:
         if state is not None:
-            stream = torch.get_rng_state() if stream is None else stream
-            torch.set_rng_state(state)
-            if torch.equal(state, recording.start):  # as `fork_rng` puts it back
-                torch.set_rng_state(stream)
-                stream = None
-        if operation is None:
-            continue
+            generator.set_state(states[state] if isinstance(state, int) else state)
+
+    torch.set_rng_state(recording.start)
+    for place, operation in enumerate(recording.operations, 1):
+        if operation.draws_from is not None:
+            put(operation.draws_from, operation.state)
         if id(operation) in needed:
             _run(operation, held, recording.sizes)
             if operation.makes_blank:
                 blank |= operation.written
-        elif operation.random and drawn:
+        elif operation.draws_from is not None and drawn:
             _run(operation, {}, recording.sizes)
+        if operation.draws_from is not None and place in recording.returns:
+            states[place] = operation.draws_from.get_state()
         for memory in needed.get(id(operation), ()):
             if memory in wanted:
                 keep(memory, held[memory], memory in blank)
             del held[memory]
+    for generator, state in recording.ends:
+        put(generator, state)
 
 
 def _needed(operations: list[Operation], wanted: set[int]) -> dict[int, set[int]]:

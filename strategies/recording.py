@@ -41,7 +41,8 @@ class View:
 class Operation:
     """One call of torch, with a `View` for each tensor; `made` are those of new memory, by their place in the results.
 
-    `overwritten`: memory of which nothing is left; `state`: of the generator, where it was set before this call.
+    `overwritten`: memory of which nothing is left; `draws_from`: the generator, if it is random; `state`: to which that
+    was set before this call, as the number of operations after which it was in it, or as it is.
     """
 
     function: Any
@@ -51,8 +52,8 @@ class Operation:
     read: set[int]
     changed: set[int]
     overwritten: set[int]
-    random: bool
-    state: Tensor | None
+    draws_from: torch.Generator | None
+    state: Tensor | int | None
 
     @property
     def makes_blank(self) -> bool:
@@ -66,12 +67,20 @@ class Operation:
 
 
 class Recording(TorchDispatchMode):
-    """Notes the operations on tensors of the meta device while it is entered."""
+    """Notes the operations on tensors of the meta device while it is entered.
+
+    Nothing draws there, so each random operation moves its generator on to a state of its own: that shows where code
+    puts one back, as `fork_rng` does, or seeds it again. `returns`: the places, in operations done, that it is put to.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
-        self.start = self._state = torch.get_rng_state()
+        self.start = torch.get_rng_state()
+        self.ends: list[tuple[torch.Generator, Tensor | int | None]] = []
+        self.returns = {0}
+        self._states = {torch.default_generator: self.start}
+        self._places = {_key(self.start): 0}
         self.sizes: dict[int, int] = {}
         self._held: list[torch.UntypedStorage] = []  # no two may have one address
 
@@ -120,27 +129,41 @@ class Recording(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, self._noted, (args, kwargs))
         if "device" in kwargs:  # the default type may be another one when this is repeated
             kwargs |= {"device": torch.device("cpu"), "dtype": results[0].dtype}
-        state = self._state_if_set()
-        random = torch.Tag.nondeterministic_seeded in getattr(function, "tags", (torch.Tag.nondeterministic_seeded,))
         written = {self.view(t).memory for t in changed}
-        self.operations.append(Operation(function, args, kwargs, made, set(read), written, overwritten, random, state))
+        operation = Operation(function, args, kwargs, made, set(read), written, overwritten, None, None)
+        self.operations.append(operation)
+        if torch.Tag.nondeterministic_seeded in getattr(function, "tags", (torch.Tag.nondeterministic_seeded,)):
+            own = (item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Generator))
+            generator = operation.draws_from = next(own, torch.default_generator)
+            operation.state = self._set_to(generator)
+            self._states[generator] = self._new_state(generator)
 
-    def seeded(self) -> Iterator[tuple[Tensor | None, Operation | None]]:
-        """The operations in order, each with the state to which the generator was set before it; last None, with that
-        to which it was set after them."""
-        yield from ((operation.state, operation) for operation in self.operations)
-        yield self._state_if_set(), None
+    def finish(self) -> None:
+        """Note in `ends` to which state each generator was set after all operations."""
+        self.ends = [(generator, self._set_to(generator)) for generator in self._states]
 
     def _noted(self, tensor: Tensor) -> View | Tensor:
         return self.view(tensor) if _is_meta(tensor) else tensor.detach().clone()
 
-    def _state_if_set(self) -> Tensor | None:
-        """The generator's state if it is another one than before: nothing draws from it on the meta device."""
-        state = torch.get_rng_state()
-        if torch.equal(state, self._state):
-            return None
-        self._state = state
+    def _new_state(self, generator: torch.Generator) -> Tensor:
+        """Move `generator` on to a state in which no generator was, which is noted as that of this place."""
+        steps = 1
+        while _key(state := generator.get_state()) in self._places or steps == 1:
+            torch.rand(steps, generator=generator, device=generator.device)
+            steps *= 2
+        self._places[_key(state)] = len(self.operations)
         return state
+
+    def _set_to(self, generator: torch.Generator) -> Tensor | int | None:
+        """The generator's state, or the place where it was in it, if it was set after its last operation."""
+        state = generator.get_state()
+        if generator in self._states and torch.equal(state, self._states[generator]):
+            return None
+        place = self._places.get(_key(state))
+        if place is None:
+            return state
+        self.returns.add(place)
+        return place
 
 
 class AsIfReal(TorchFunctionMode):
@@ -171,6 +194,7 @@ def recorded(recording: Recording) -> Iterator[None]:
     try:
         with torch.device("meta"), AsIfReal(), recording:
             yield
+        recording.finish()
     finally:
         nn.init._no_grad_trunc_normal_ = draw
 
@@ -178,6 +202,10 @@ def recorded(recording: Recording) -> Iterator[None]:
 def _name(function: Any) -> str:
     schema = getattr(function, "_schema", None)
     return str(schema.name.partition("::")[2] if schema else function.__name__)
+
+
+def _key(state: Tensor) -> int:
+    return hash(state.numpy().tobytes())
 
 
 def _is_meta(tensor: Tensor) -> bool:

@@ -116,6 +116,22 @@ class Seeded(Late):
         nn.init.sparse_(self.last.weight, 0.5)
 
 
+class Rewound(Late):
+    """Random streams that are put back to where they were, or seeded alike several times."""
+
+    def build(self) -> None:
+        super().build()
+        with torch.random.fork_rng([]):
+            nn.init.normal_(self.blocks[0].up.weight)
+        nn.init.normal_(self.blocks[1].up.weight)
+        generator = torch.Generator()
+        for block in self.blocks:
+            torch.manual_seed(2)
+            nn.init.uniform_(block.up.bias)
+            nn.init.normal_(block.down.bias, generator=generator.manual_seed(3))
+        torch.manual_seed(4)
+
+
 class Table(nn.Module):
     """Values that are neither parameters nor buffers, as metrics have them."""
 
@@ -205,6 +221,7 @@ def fit_late(kind: type[Late], options: dict[str, Any], strategy: str | None, **
         (OwnReset, {}),
         (Copied, {}),
         (Seeded, {}),
+        (Rewound, {}),
         (Loaded, {}),
         (Tabulated, {}),
     ],

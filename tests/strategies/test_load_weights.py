@@ -113,9 +113,9 @@ class Expecting(pl.Module):
         self.path = path
 
     def configure_model(self) -> None:
+        self.stream = torch.get_rng_state()
         self.stack = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         self.trainer.load_weights(self.path)
-        self.stream = torch.get_rng_state()
 
     def on_validation_start(self) -> None:
         assert torch.equal(torch.get_rng_state(), self.stream), "drawn, though it was loaded"
