@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from paceline.errors import ConfigurationError
 from paceline.trainer.iterables import length_of_stream, sharded
 
 from helpers.ranks import RanksFailed, run_ranks
-from helpers.tiny import tiny_trainer
+from helpers.tiny import assert_same, tiny_trainer
 
 COUNT = 23
 
@@ -544,12 +545,30 @@ def test_a_run_resumed_after_a_short_last_window_has_counted_its_micro_batches(t
     assert train(str(tmp_path / "step=2.ckpt")).progress == counted  # after the third of three, in windows of two
 
 
+def test_a_run_that_failed_inside_a_window_goes_on_from_its_beginning(tmp_path: Path) -> None:
+    def train(fails_after: int = -1, ckpt_path: str | None = None) -> pl.Trainer:
+        saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=99, save_on_exception=True)
+        trainer = tiny_trainer(max_epochs=2, accumulate_grad_batches=2, callbacks=saves, enable_checkpointing=True)
+        with suppress(ZeroDivisionError):
+            trainer.fit(Summed(fails_after), DataLoader(Nine(), 1), ckpt_path=ckpt_path)
+        return trainer
+
+    whole, failed = train(), train(fails_after=3)
+    assert failed.progress.batches_in_epoch == 3
+    resumed = train(ckpt_path=str(tmp_path / "step=1.ckpt"))
+    assert resumed.progress == whole.progress
+    assert_same(resumed.model, whole.model)
+
+
 class Summed(pl.Module):
-    def __init__(self) -> None:
+    def __init__(self, fails_after: int = -1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
+        self.fails_after = fails_after
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if batch_idx == self.fails_after:
+            raise ZeroDivisionError
         return (batch * self.weight).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -208,8 +208,10 @@ def restore_progress(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     trainer.train_data.set_epoch(progress.epoch)
     states = checkpoint["paceline"]["ranks"]
     length = trainer.train_data.num_batches
-    if length != math.inf or len(states) != trainer.world_size:  # a stream's last window may have been a short one
-        progress.batches_in_epoch = int(min(progress.windows_in_epoch * trainer.train_data.micro_batches, length))
+    done = min(progress.windows_in_epoch * trainer.train_data.micro_batches, length)  # in whole windows
+    if length == math.inf and len(states) == trainer.world_size:
+        done = min(done, progress.batches_in_epoch)  # a stream's last window may have been a short one
+    progress.batches_in_epoch = int(done)
     if len(states) == trainer.world_size:
         trainer.train_data.find(states[trainer.global_rank].get("data"))
 
