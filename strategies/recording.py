@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..errors import ConfigurationError
 
 _OVERWRITE = {"normal_", "uniform_", "zero_", "fill_", "copy_", "_no_grad_trunc_normal_"}
+#: What operations write although their schema does not say so.
+_WRITTEN = {"native_batch_norm": ("running_mean", "running_var")}
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,16 @@ class Recording(TorchDispatchMode):
         if storage._cdata not in self.sizes:
             self.sizes[storage._cdata] = storage.nbytes()
             self._held.append(storage)
-        return View(storage._cdata, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+        # `shape` of a lazy layer's parameter raises, and `size()` does not.
+        return View(storage._cdata, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = [
             args[i] if i < len(args) else kwargs.get(argument.name)
             for i, argument in enumerate(func._schema.arguments)
-            if argument.alias_info is not None and argument.alias_info.is_write
+            if (argument.alias_info is not None and argument.alias_info.is_write)
+            or argument.name in _WRITTEN.get(_name(func), ())
         ]
         given, changed = (
             [item for item in tree_leaves(tree) if isinstance(item, Tensor)] for tree in ((args, kwargs), written)

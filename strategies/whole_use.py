@@ -18,6 +18,7 @@ from ..errors import ConfigurationError
 from .recording import Recording, recorded
 from .sharding import sharded_like
 
+_NO_VALUES = ("meta tensor", "meta device type tensor", "register_meta")  # in the words of torch
 _TORCH_SAYS = ("mixed torch.Tensor and DTensor", "uniform original parameter dtype")
 
 
@@ -87,8 +88,8 @@ def on_meta(name: str, recording: Recording) -> Iterator[None]:
     try:
         with recorded(recording):
             yield
-    except (RuntimeError, NotImplementedError) as error:
-        if "meta tensor" not in str(error):
+    except (RuntimeError, TypeError) as error:
+        if not any(word in str(error).lower() for word in _NO_VALUES):
             raise
         raise ConfigurationError(
             f"configure_model reads values that are not there yet ({str(error).partition(chr(10))[0]}): {name} builds "
