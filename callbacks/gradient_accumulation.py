@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
 from ..trainer.arguments import check_count
 from ..trainer.callback import Callback
-from ..trainer.state import TrainerFn
 
 if TYPE_CHECKING:
     from ..trainer.module import Module
@@ -31,7 +30,6 @@ class GradientAccumulationScheduler(Callback):
             check_count("scheduling: micro-batches", factor)
         self.scheduling = {0: 1, **scheduling}
         self.epochs = sorted(self.scheduling)
-        self._factor = self.scheduling[0]
 
     def going_to_accumulate_grad_batches(self) -> bool:
         """Whether any epoch accumulates."""
@@ -64,17 +62,5 @@ class GradientAccumulationScheduler(Callback):
                 "contradict each other. Leave one out."
             )
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:  # an epoch goes on as it began
-            saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
-            epoch = checkpoint["epoch"]
-            trainer.accumulate_grad_batches = saved.get("factor") or self.get_accumulate_grad_batches(epoch)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._factor = trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"factor": self._factor}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._factor = state_dict["factor"]
+        trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)

@@ -83,11 +83,12 @@ class PlannedData:
 
     def facts(self) -> dict[str, Any]:
         """What a resumed run must keep: see `adopt`."""
-        plan = self.plan()
+        plan, micro_batch = self.plan(), 1 if self._dealt else self.user_loader.batch_size or 1
         return {
             "kind": "dealt" if self._dealt else "cut",
             "global_batch": plan.global_batch,
-            "a_rank": self._settings.accumulate * (1 if self._dealt else self.user_loader.batch_size or 1),
+            "a_rank": self._settings.accumulate * micro_batch,
+            "asked": self._settings.asked * micro_batch,
             "ranks": plan.ranks,
             "samples": length_of(self.user_loader.dataset) if self._dealt else plan.num_samples,
         }
@@ -102,7 +103,7 @@ class PlannedData:
                 "saved with, or start anew from its weights (load_from_checkpoint)."
             )
         wanted = saved["global_batch"]
-        asked = settings.global_batch_size or (facts["global_batch"] if facts["a_rank"] != saved["a_rank"] else wanted)
+        asked = settings.global_batch_size or (facts["global_batch"] if facts["asked"] != saved["asked"] else wanted)
         if asked != wanted:
             raise ConfigurationError(
                 f"The run was saved with a global batch of {wanted}, the arguments now ask for {asked}. A resumed run "
@@ -110,7 +111,10 @@ class PlannedData:
                 "accumulate_grad_batches that it was saved with."
             )
         if not self._dealt:
-            settings.global_batch_size = wanted if facts["ranks"] != saved["ranks"] else settings.global_batch_size
+            if saved["a_rank"] != saved["asked"]:  # hooks had set it since
+                settings.accumulate = max(1, saved["a_rank"] // (self.batch_size or 1))
+            if facts["ranks"] != saved["ranks"] or self.plan().global_batch != wanted:
+                settings.global_batch_size = wanted
         elif wanted % facts["ranks"]:
             raise ConfigurationError(
                 f"The run was saved with windows of {wanted} batches, which {facts['ranks']} ranks cannot share. Use a "

@@ -42,7 +42,9 @@ class Position:
 
         torchdata's loader would start its workers to answer when nobody iterates it.
         """
-        if place is None and self._holder is not None and self._batches is not None and not self._ahead:
+        if place is None and self._batches is None:
+            return  # nothing was read since
+        if place is None and self._holder is not None and not self._ahead:
             place = self._now()
         self._batches, self._kept = None, place
 

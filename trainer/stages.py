@@ -298,6 +298,7 @@ def _data_settings(trainer: Trainer, module: Module) -> DataSettings:
     return DataSettings(
         seed=trainer.seed,
         accumulate=arguments.accumulate_grad_batches,
+        asked=arguments.accumulate_grad_batches,
         global_batch_size=arguments.global_batch_size,
         limit=arguments.limit_of("train"),
         loss_weight=module.loss_weight if overridden(module, "loss_weight", Module) else None,

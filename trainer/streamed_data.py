@@ -117,7 +117,7 @@ class StreamedData:
 
     def position(self, epoch: int, windows: int) -> Mapping[str, Any] | None:
         """This rank's place after so many windows of `epoch` were trained, for `find`; None where nobody knows it."""
-        return self._position.after(epoch, windows)
+        return self._found or self._position.after(epoch, windows)  # found, and nothing was read since
 
     def find(self, position: Mapping[str, Any] | None) -> None:
         """The next epoch goes on from a place that `position` gave, in place of reading up to it."""
@@ -162,9 +162,10 @@ class StreamedData:
 
     def _begin(self, first_batch: int) -> tuple[Iterator[Any], Any]:
         """This rank's batches from `first_batch` on, and the one before them, if it was read."""
-        if self._found is not None and self._found["ended"] and first_batch:
-            self._position.keep(self._found)  # the next epoch begins from there
-            return iter(()), None
+        if self._found is not None:
+            self._position.keep(self._found)  # until more is read
+            if self._found["ended"] and first_batch:
+                return iter(()), None  # the next epoch begins from there
         found, self._found = self._found, None
         if first_batch and first_batch >= self.num_batches and (found is None or self._workers):
             return iter(()), None  # workers begin anew

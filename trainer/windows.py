@@ -42,10 +42,11 @@ class Window:
 
 @dataclass
 class DataSettings:
-    """What the cut of the data depends on. `accumulate` may be changed between epochs."""
+    """What the cut of the data depends on. `accumulate` may be changed between epochs, from what was `asked`."""
 
     seed: int
     accumulate: int = 1
+    asked: int = 1
     global_batch_size: int | None = None
     limit: int | float | None = None
     loss_weight: Callable[[Any], float | Tensor] | None = None

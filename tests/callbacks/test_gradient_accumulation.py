@@ -86,10 +86,19 @@ def test_the_estimate_of_steps_knows_the_schedule() -> None:
     assert estimates == [18, 17]
 
 
+def set_once(trainer: Any, module: Any) -> None:
+    if trainer.current_epoch == 1:
+        trainer.accumulate_grad_batches = 2
+
+
 @pytest.mark.parametrize("steps", [5, 8, 9, 12, 17])
-def test_a_resumed_run_goes_on_in_its_window(steps: int) -> None:
+@pytest.mark.parametrize(
+    "accumulates",
+    [lambda: GradientAccumulationScheduler(SCHEDULE), lambda: LambdaCallback(on_train_epoch_start=set_once)],
+)
+def test_a_resumed_run_goes_on_in_its_window(accumulates: Any, steps: int) -> None:
     def trainer(**limits: Any) -> Any:
-        return tiny_trainer(callbacks=[GradientAccumulationScheduler(SCHEDULE)], **limits)
+        return tiny_trainer(callbacks=[accumulates()], **limits)
 
     first = trainer(max_steps=steps)
     first.fit(Regression(adam), loader(16, shuffle=True))

@@ -560,6 +560,24 @@ def test_a_run_that_failed_inside_a_window_goes_on_from_its_beginning(tmp_path: 
     assert_same(resumed.model, whole.model)
 
 
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_run_resumed_after_its_last_step_still_knows_its_place(limit: int | None, tmp_path: Path) -> None:
+    def train(max_epochs: int, ckpt_path: str | None = None) -> tuple[float, str]:
+        saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = tiny_trainer(
+            max_epochs=max_epochs, callbacks=saves, enable_checkpointing=True, limit_train_batches=limit
+        )
+        module = Summed()
+        trainer.fit(module, make_loader("plain loader, stateful"), ckpt_path=ckpt_path)
+        return module.weight.item(), trainer.save_checkpoint(tmp_path / "end")
+
+    whole, _ = train(2)
+    train(1)
+    steps = limit or COUNT // 2
+    _, end = train(1, str(tmp_path / f"step={steps}.ckpt"))  # has nothing left to train
+    assert train(2, end)[0] == whole
+
+
 class Summed(pl.Module):
     def __init__(self, fails_after: int = -1) -> None:
         super().__init__()
