@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from ..strategies.cluster import Cluster
 
 PATIENCE_SECONDS = 5.0
-"""After this long it is said what is waited for, and what answers at all must have answered."""
+"""After this long it is said what is waited for, and a listener must have taken a connection."""
+ANSWER_SECONDS = 15.0
+"""After this long a store must have answered; torch is seen to take 5 seconds for it at times, alone on one host."""
 MEETING_SECONDS = 900.0
 """How long one process waits for the others."""
 
@@ -125,7 +127,7 @@ def _reach(place: Place) -> Store:
 
     connecting = threading.Thread(target=connect, daemon=True)  # torch waits for an answer without end
     connecting.start()
-    connecting.join(PATIENCE_SECONDS)
+    connecting.join(ANSWER_SECONDS)
     if not reached:
         raise LaunchError(
             f"What answers {place} at {where} is not {place.kind} 0 of this job, but some other program. Choose a port "
@@ -139,7 +141,7 @@ def _store(address: str, port: int, is_master: bool = False) -> Store:
         address,
         port,
         is_master=is_master,
-        timeout=timedelta(seconds=PATIENCE_SECONDS),
+        timeout=timedelta(seconds=ANSWER_SECONDS),
         wait_for_workers=False,
         multi_tenant=True,  # torch, which opens a store there next, shares it
     )

@@ -96,7 +96,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         other.bind(("", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        host, guest = errors({rank: {"MASTER_PORT": port} for rank in range(2)}, {1: {"PATIENCE_SECONDS": 1.0}})
+        host, guest = errors({rank: {"MASTER_PORT": port} for rank in range(2)}, {1: {"ANSWER_SECONDS": 1.0}})
     assert f"cannot listen at port {port}, as another program of this host does" in host
     assert f"at 127.0.0.1:{port} is not rank 0 of this job, but some other program" in guest
 
