@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from ..errors import LaunchError
 from .faults import LAUNCHER_FOLDER, ranks_in_a_run, read_reports
 from .meeting import MEETING_SECONDS, Place, meet
-from .signals import is_free
+from .signals import LAUNCHER_PID, is_free
 from .verdict import RESUMABLE, JobEnd, RankEnd, verdict
 
 GRACE_SECONDS = 30.0
@@ -323,7 +323,7 @@ class _Console(LogsSpecs):
 
 
 def _environment(devices: int, folder: Path) -> dict[str, str]:
-    variables = {LAUNCHER_FOLDER: str(folder)}
+    variables = {LAUNCHER_FOLDER: str(folder), LAUNCHER_PID: str(os.getpid())}
     if "OMP_NUM_THREADS" not in os.environ and devices > 1:  # torchrun sets 1, with a warning
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         variables["OMP_NUM_THREADS"] = str(max(1, cores // devices))

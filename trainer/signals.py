@@ -11,14 +11,19 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from ..errors import Suspended
+from ..errors import LaunchError, Suspended
 
+LAUNCHER_PID = "PACELINE_LAUNCHER_PID"
+"""The variable that tells ranks the process of our launcher; other launchers do not set it."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ASKING = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -53,6 +58,24 @@ class SignalWatch:
 def is_free(handler: Any) -> bool:
     """Whether a signal with this handler is nobody's, or a `SignalWatch`'s: the script has none of its own."""
     return handler is signal.SIG_DFL or isinstance(getattr(handler, "__self__", None), SignalWatch)
+
+
+def end_with_launcher() -> None:
+    """A rank whose launcher is killed gets SIGTERM, so that it saves and ends; on Linux, where the kernel sends it.
+
+    Raises LaunchError where the launcher has gone already: there is nobody to meet.
+    """
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        os.kill(int(launcher), 0)
+    except ProcessLookupError as error:
+        raise LaunchError(
+            f"The launcher (pid {launcher}) that started this rank was killed. Start the command again."
+        ) from error
 
 
 class WorkerStart:

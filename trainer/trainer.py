@@ -51,7 +51,7 @@ from .module import Module, require
 from .optim import SchedulerConfig
 from .properties import TrainerProperties
 from .rank_zero import rank_zero_warn
-from .signals import SignalWatch
+from .signals import SignalWatch, end_with_launcher
 from .state import Progress, RunningStage, TrainerFn, TrainerState
 from .stepping import Stepper
 from .streamed_data import StreamedData
@@ -304,6 +304,7 @@ class Trainer(TrainerProperties):
             self._choose_by_size(module)
         cluster = self._cluster
         if cluster is not None:
+            end_with_launcher()
             alike = {"strategy": self.strategy.name, "precision": self.precision_policy.name}
             store = meet_ranks(cluster, os.environ | rendezvous_environment(cluster), **alike)
             cluster = replace(cluster, store=store)

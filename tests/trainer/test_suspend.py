@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -16,9 +17,9 @@ import pytest
 
 import paceline as pl
 from paceline.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
-from paceline.errors import Suspended
+from paceline.errors import LaunchError, Suspended
 from paceline.trainer.checkpoint import load
-from paceline.trainer.signals import SignalWatch
+from paceline.trainer.signals import LAUNCHER_PID, SignalWatch, end_with_launcher
 
 from helpers.ranks import run_ranks
 from helpers.resumable import CASES, Outcome, run, same, saved_in
@@ -279,3 +280,21 @@ def test_a_signal_to_whoever_started_the_ranks_is_handed_on_and_its_code_is_75(
         running.interrupt(number)
         result = running.wait()
     assert (result.returncode, result.stderr, result.left_behind) == (75, "", [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel that tells ranks of their launcher's end is Linux")
+def test_ranks_whose_launcher_is_killed_save_and_end() -> None:
+    with start_script(SCRIPT, 2, 0, 1000, env=ENVIRONMENT) as running:
+        wait_until_ranks_train(running, 2)
+        os.kill(running.pid, signal.SIGKILL)
+        result = running.wait(gone_seconds=30)
+    assert result.left_behind == []
+    assert "a signal asked to end this run" in result.stdout
+
+
+def test_a_rank_whose_launcher_was_killed_before_they_met_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as launcher:
+        pass
+    monkeypatch.setenv(LAUNCHER_PID, str(launcher.pid))
+    with pytest.raises(LaunchError, match=rf"The launcher \(pid {launcher.pid}\) that started this rank was killed"):
+        end_with_launcher()
