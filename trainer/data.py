@@ -103,7 +103,8 @@ class PlannedData:
                 "saved with, or start anew from its weights (load_from_checkpoint)."
             )
         wanted = saved["global_batch"]
-        asked = settings.global_batch_size or (facts["global_batch"] if facts["asked"] != saved["asked"] else wanted)
+        saved_asked = saved.get("asked", saved["a_rank"])
+        asked = settings.global_batch_size or (facts["global_batch"] if facts["asked"] != saved_asked else wanted)
         if asked != wanted:
             raise ConfigurationError(
                 f"The run was saved with a global batch of {wanted}, the arguments now ask for {asked}. A resumed run "
@@ -111,7 +112,7 @@ class PlannedData:
                 "accumulate_grad_batches that it was saved with."
             )
         if not self._dealt:
-            if saved["a_rank"] != saved["asked"]:  # hooks had set it since
+            if saved["a_rank"] != saved_asked:  # hooks had set it since
                 settings.accumulate = max(1, saved["a_rank"] // (self.batch_size or 1))
             if facts["ranks"] != saved["ranks"] or self.plan().global_batch != wanted:
                 settings.global_batch_size = wanted
