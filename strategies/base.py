@@ -299,17 +299,18 @@ class Strategy:
         return held[0]
 
     def from_rank_zero(self, work: Callable[[], _T]) -> _T:
-        """What `work` returns on rank 0, on every rank; a PacelineError that it raises there is raised on all."""
+        """What `work` returns on rank 0, on every rank; a PacelineError or OSError of it is raised on all."""
         outcome: Any = None
         if self.is_global_zero:
             try:
                 outcome = work()
-            except PacelineError as error:
+            except (PacelineError, OSError) as error:
                 outcome = error
         outcome = self.broadcast_object(outcome)
-        if isinstance(outcome, PacelineError):
+        if isinstance(outcome, PacelineError | OSError):
             raise outcome
-        return outcome  # type: ignore[no-any-return]
+        result: _T = outcome
+        return result
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """The picklable objects of all ranks, by rank."""

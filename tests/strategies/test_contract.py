@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -374,13 +374,16 @@ def exercise_broadcast_object(strategy: Strategy) -> Any:
 def exercise_from_rank_zero(strategy: Strategy) -> Any:
     """What only rank 0 does, or fails to do, is known to all."""
 
-    def fail() -> None:
-        raise ConfigurationError(f"rank {strategy.rank}")
+    def fail(kind: type[Exception]) -> None:
+        raise kind(f"rank {strategy.rank}")
 
-    try:
-        strategy.from_rank_zero(fail)
-    except ConfigurationError as error:
-        return strategy.from_rank_zero(lambda: f"{strategy.rank} did it"), str(error)
+    told = []
+    for kind in (ConfigurationError, OSError):  # such as an argument, and a disk
+        try:
+            strategy.from_rank_zero(partial(fail, kind))
+        except kind as error:
+            told.append(str(error))
+    return strategy.from_rank_zero(lambda: f"{strategy.rank} did it"), *told
 
 
 @exercise
@@ -542,7 +545,7 @@ def test_collectives_give_every_rank_the_same(name: str, ranks: int) -> None:
     expect("barrier", name, ranks, lambda rank: None)
     expect("broadcast", name, ranks, lambda rank: ranks - 1)
     expect("broadcast_object", name, ranks, lambda rank: {"rank": ranks - 1})
-    expect("from_rank_zero", name, ranks, lambda rank: ("0 did it", "rank 0"))
+    expect("from_rank_zero", name, ranks, lambda rank: ("0 did it", "rank 0", "rank 0"))
     expect("all_gather_object", name, ranks, lambda rank: [("rank", other) for other in range(ranks)])
 
 
